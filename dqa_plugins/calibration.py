@@ -1,0 +1,170 @@
+"""What a quantizer remembers of its calibration data: running statistics that merge, and a few kept values.
+
+Two kinds of memory, because they serve two kinds of question:
+
+- running statistics (maximum and sum over samples of the per-sample statistic) give static qparams. Both merge
+  exactly: the record of two halves of a data set is the record of the whole.
+- kept values feed every search (clip factor, noise, channel errors, codebooks): the first 64 samples, at most 2^18
+  values, at evenly strided positions with all channels of a position together. What is kept of a sample does not
+  depend on its batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .methods import Method
+from .statistics import statistic
+
+KEPT_SAMPLES = 64
+KEPT_VALUES = 2**18
+QAT_AVERAGING = 0.01  # torch.ao's averaging_constant
+
+
+class StateModule(nn.Module):
+    """A module whose buffers change shape with calibration and keep their dtype through `.half()` and `.to(dtype)`."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, buffer in self._buffers.items():
+            loaded = state_dict.get(prefix + name)
+            if isinstance(loaded, Tensor) and buffer is not None and name not in self._non_persistent_buffers_set:
+                self._buffers[name] = torch.empty_like(loaded, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StateModule:
+        dtypes = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in dtypes.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class CalibrationRecord(StateModule):
+    """Statistics of the samples one quantizer saw.
+
+    Buffers (S = statistic size, G = groups, D = kept rows, K = kept columns):
+        maximum: (S, G), largest per-sample statistic.
+        total: (S, G) float64, sum of the per-sample statistics.
+        average: (S, G), moving average over training batches (QAT only).
+        counts: (2,) int64, samples seen and samples kept.
+        minimum: () float64, most negative value seen (0 if none).
+        kept: (D, K), kept values; a row is a channel (or a channel and kernel tap, see `geometry`).
+        kept_sample: (K,) int64, the sample of each column.
+        kept_statistic: (kept samples, S, G), the statistic of each kept sample's whole tensor.
+    """
+
+    maximum: Tensor
+    total: Tensor
+    average: Tensor
+    counts: Tensor
+    minimum: Tensor
+    kept: Tensor
+    kept_sample: Tensor
+    kept_statistic: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything (buffers go back to empty, on their device)."""
+        device = self._buffers["counts"].device if "counts" in self._buffers else None  # type: ignore[union-attr]
+        empty = {"maximum": (0, 0), "average": (0, 0), "kept": (0, 0), "kept_statistic": (0, 0, 0)}
+        for name, shape in empty.items():
+            self.register_buffer(name, torch.empty(shape, device=device))
+        self.register_buffer("total", torch.empty((0, 0), dtype=torch.float64, device=device))
+        self.register_buffer("kept_sample", torch.empty(0, dtype=torch.int64, device=device))
+        self.register_buffer("counts", torch.zeros(2, dtype=torch.int64, device=device))
+        self.register_buffer("minimum", torch.zeros((), dtype=torch.float64, device=device))
+
+    @property
+    def count(self) -> int:
+        """Number of samples seen."""
+        return int(self.counts[0])
+
+    @property
+    def negative(self) -> bool:
+        """True if a negative value was seen."""
+        return bool(self.minimum < 0)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, rows: Tensor, method: Method, channel_axis: int, *, moving: bool = False) -> None:
+        """Record a batch.
+
+        Args:
+            x: (B, ...) finite, floating point, B >= 1.
+            rows: (B, D, L) what to keep columns of: the channels of x at its L positions.
+            method: whose statistics.
+            channel_axis: resolved.
+            moving: also update the moving average (QAT).
+        """
+        values = statistic(x, method, method.signed, channel_axis)
+        top = values.amax(0) if method.reduction == "max" else values.mean(0)
+        if self.count == 0:
+            self.maximum, self.total = values.amax(0), values.double().sum(0)
+        else:
+            self.maximum = torch.maximum(self.maximum, values.amax(0))
+            self.total = self.total + values.double().sum(0)
+        if moving:
+            self.average = top if self.average.numel() == 0 else self.average + QAT_AVERAGING * (top - self.average)
+        self.minimum = torch.minimum(self.minimum, x.amin().double())
+        self._keep(rows, values)
+        self.counts = self.counts + torch.tensor([len(x), 0], device=self.counts.device)
+
+    def _keep(self, rows: Tensor, values: Tensor) -> None:
+        depth, positions = rows.shape[1:]
+        limit = min(KEPT_SAMPLES, max(1, KEPT_VALUES // max(depth, 1)))
+        kept = int(self.counts[1])
+        room = min(limit - kept, len(rows))
+        if room <= 0:
+            return
+        columns = min(positions, max(1, KEPT_VALUES // KEPT_SAMPLES // max(depth, 1)))
+        index = torch.arange(columns, device=rows.device) * positions // columns
+        taken = rows[:room, :, index].to(values.dtype)
+        sample = torch.arange(kept, kept + room, device=rows.device).repeat_interleave(columns)
+        taken = taken.movedim(0, 1).flatten(1)
+        if kept == 0:
+            self.kept, self.kept_sample, self.kept_statistic = taken, sample, values[:room].clone()
+        else:
+            self.kept = torch.cat([self.kept, taken], dim=1)
+            self.kept_sample = torch.cat([self.kept_sample, sample])
+            self.kept_statistic = torch.cat([self.kept_statistic, values[:room]])
+        self.counts = self.counts + torch.tensor([0, room], device=self.counts.device)
+
+    def reduced(self, method: Method) -> Tensor:
+        """The statistic behind static qparams, (S, G): maximum or mean over samples (QPP paper, eq. 1)."""
+        if self.average.numel():
+            return self.average
+        if method.reduction == "max":
+            return self.maximum
+        return (self.total / self.counts[0]).to(self.maximum.dtype)
+
+    @torch.no_grad()
+    def merge(self, other: CalibrationRecord) -> None:
+        """Add the record of data that came after this one's; the result is the record of both.
+
+        Args:
+            other: of the same method and site.
+        """
+        if other.count == 0:
+            return
+        if self.count == 0:
+            for name in self._buffers:
+                setattr(self, name, getattr(other, name).clone())
+            return
+        self.maximum = torch.maximum(self.maximum, other.maximum)
+        self.total = self.total + other.total
+        self.minimum = torch.minimum(self.minimum, other.minimum)
+        kept, depth = int(self.counts[1]), self.kept.shape[0]
+        room = min(KEPT_SAMPLES, max(1, KEPT_VALUES // max(depth, 1))) - kept
+        columns = other.kept_sample < room
+        self.kept = torch.cat([self.kept, other.kept[:, columns]], dim=1)
+        self.kept_sample = torch.cat([self.kept_sample, other.kept_sample[columns] + kept])
+        self.kept_statistic = torch.cat([self.kept_statistic, other.kept_statistic[: max(room, 0)]])
+        added = len(self.kept_statistic) - kept
+        self.counts = self.counts + torch.tensor([other.count, added], device=self.counts.device)

@@ -1,0 +1,395 @@
+"""The quantization maths as pure functions, to be read beside the papers.
+
+One implementation of the numerics for every adapter, backend and test. Plain torch, any device. Conventions:
+
+- Arithmetic is float32 whatever the input (float64 input: float64), with one final cast to the input's dtype.
+- round is half to even; a value is divided by its scale, never multiplied by the inverse (they differ at ties).
+- `scale`, `lower`, `upper` broadcast against x: () for a whole tensor, (B, 1, ...) per sample, (1, C, 1, ...) per
+  channel. Their unit is that of x. A scale of zero (an all-zero tensor or channel) gives zeros, never NaN.
+- Per-channel vectors (`extra_bits`, `noise`) are (C,) and are laid along `channel_axis`.
+- The `*_fake_quantize` functions are differentiable: straight-through inside the clip range, zero outside it;
+  one everywhere for Dense+Sparse. Parameters get no gradient.
+
+Notation of the papers: n = bits, m = extra bits, delta_n = scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ChannelAxisError, ChannelMismatch
+
+# 2^k for k in -16..16 as exact constants: exp2 and pow may be one unit in the last place off on some devices.
+_POWERS = [2.0**k for k in range(-16, 17)]
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """2^exponent, exactly. exponent: integers in [-16, 16], any shape."""
+    return torch.tensor(_POWERS, dtype=dtype, device=exponent.device)[exponent.long() + 16]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a tensor of this dtype is quantized: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def code_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest n-bit code: [-2^(n-1), 2^(n-1) - 1] signed, [0, 2^n - 1] unsigned."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def along_channels(vector: Tensor, x: Tensor, channel_axis: int) -> Tensor:
+    """Lay a (C,) vector along the channel axis of x, so that it broadcasts.
+
+    Raises:
+        ChannelAxisError: x has no such axis, or it is the batch.
+        ChannelMismatch: the vector does not have one entry per channel of x.
+    """
+    axis = channel_axis + x.ndim if channel_axis < 0 else channel_axis
+    if not 0 < axis < x.ndim:
+        raise ChannelAxisError(
+            f"channel axis {channel_axis} does not exist, or is the batch, in a tensor of shape {tuple(x.shape)}."
+        )
+    if vector.shape != (x.shape[axis],):
+        raise ChannelMismatch(
+            f"a per-channel vector of shape {tuple(vector.shape)} does not fit axis {channel_axis} of a tensor of "
+            f"shape {tuple(x.shape)}, which has {x.shape[axis]} channels."
+        )
+    return vector.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+
+
+# ---------------------------------------------------------------- the uniform grid that all methods share
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """The scale as a safe divisor: 1 where it is 0. The product with the true scale is then 0."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _prepare(x: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
+    """x and its parameters in the compute dtype, on the device of x, without gradient."""
+    dtype = compute_dtype(x.dtype)
+    moved = [torch.as_tensor(p, dtype=dtype, device=x.device) for p in parameters]
+    return (x.to(dtype), *(p.detach() if p.requires_grad else p for p in moved))
+
+
+def _bound(values: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    if isinstance(low, int) and isinstance(high, int):
+        return torch.clamp(values, low, high)
+    # ONNX Clip takes scalar bounds only: Max, then Min
+    return torch.minimum(torch.maximum(values, torch.as_tensor(low)), torch.as_tensor(high))
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    # while exporting there is no backward pass, and the graph must stay plain aten
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Returns `value` in the forward pass; its gradient goes to x where `inside`, and is zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
+        if inside is not None:
+            ctx.save_for_backward(inside)
+        return value.clone() if value is x else value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        (grad,) = grads
+        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None
+
+
+def grid_fake_quantize(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """scale * clamp(round(x / scale), low, high): the step that Direct, DQA and NoisyQuant share.
+
+    Args:
+        x: any shape, floating point.
+        scale: broadcasts against x, unit of x.
+        low, high: smallest and largest code, integers or float tensors which broadcast against x.
+    """
+    detached = x.detach() if _wants_gradient(x) else x
+    y, scale = _prepare(detached, scale)
+    rounded = torch.round(y / _nonzero(scale))
+    codes = _bound(rounded, low, high)
+    x_hat = (codes * scale).to(x.dtype)
+    return _StraightThrough.apply(x, x_hat, codes == rounded) if _wants_gradient(x) else x_hat  # type: ignore[no-any-return, no-untyped-call]
+
+
+# ---------------------------------------------------------------- Direct
+
+
+def direct_quantize(
+    x: Tensor,
+    scale: Tensor,
+    bits: int,
+    *,
+    signed: bool = True,
+    zero_point: Tensor | None = None,
+    clamp: bool = True,
+) -> Tensor:
+    """Codes of Direct: clamp(round(x / scale)) (DQA paper, eq. 1); with a zero point, eq. 12 of the QPP paper.
+
+    Args:
+        x: (B, ...) floating point.
+        scale: broadcasts against x, unit of x.
+        bits: n.
+        signed: two's complement codes; ignored with a zero point, whose codes are unsigned.
+        zero_point: broadcasts against x, in codes: clamp(round(x / scale) + zero_point, 0, 2^n - 1).
+        clamp: False reproduces the paper, whose top code 2^(n-1) needs one more bit.
+
+    Returns:
+        int16, the shape of x (int32 where clamp is False).
+    """
+    y, scale = _prepare(x, scale)
+    codes = torch.round(y / _nonzero(scale))
+    if zero_point is not None:
+        codes, signed = codes + zero_point, False
+    if not clamp:
+        return codes.to(torch.int32)
+    return codes.clamp(*code_range(bits, signed)).to(torch.int16)
+
+
+def direct_dequantize(codes: Tensor, scale: Tensor, *, zero_point: Tensor | None = None) -> Tensor:
+    """scale * (codes - zero_point), in the dtype of scale.
+
+    Args:
+        codes: integers, any shape.
+        scale, zero_point: broadcast against codes.
+    """
+    codes = codes.to(scale.dtype)
+    return (codes if zero_point is None else codes - zero_point) * scale
+
+
+def direct_fake_quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = True, clamp: bool = True) -> Tensor:
+    """direct_dequantize(direct_quantize(x)), in the dtype of x, differentiable. Symmetric; see `affine_*` for a, b."""
+    if not clamp:
+        y, scale = _prepare(x, scale)
+        return (torch.round(y / _nonzero(scale)) * scale).to(x.dtype)
+    return grid_fake_quantize(x, scale, *code_range(bits, signed))
+
+
+# ---------------------------------------------------------------- asymmetric Direct, and the dense part of D+S
+
+
+def affine_qparams(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the range [lower, upper] (QPP paper, eq. 12).
+
+    s = (b - a) / (2^n - 1), z = round(-a / s); where b <= a, s = 0 and z = 0.
+
+    Args:
+        lower, upper: a and b, unit of x, any shape (equal).
+    """
+    scale = torch.clamp(upper - lower, min=0) / (2**bits - 1)
+    return scale, torch.where(scale > 0, torch.round(-lower / _nonzero(scale)), torch.zeros_like(scale))
+
+
+def affine_fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+    """(clamp(round(x / s) + z, 0, 2^n - 1) - z) * s: Direct with `symmetric=False`, values outside [a, b] clamped.
+
+    Args:
+        x: any shape, floating point.
+        lower, upper: a <= b, broadcast against x, unit of x. Where a == b the result is a.
+    """
+    detached = x.detach() if _wants_gradient(x) else x
+    y, lower, upper = _prepare(detached, lower, upper)
+    scale, zero_point = affine_qparams(lower, upper, bits)
+    rounded = torch.round(y / _nonzero(scale)) + zero_point
+    codes = rounded.clamp(0, 2**bits - 1)
+    x_hat = torch.where(scale > 0, (codes - zero_point) * scale, lower).to(x.dtype)
+    return _StraightThrough.apply(x, x_hat, codes == rounded) if _wants_gradient(x) else x_hat  # type: ignore[no-any-return, no-untyped-call]
+
+
+# ---------------------------------------------------------------- DQA
+
+
+def dqa_grid(scale: Tensor, extra_bits: Tensor, bits: int, *, signed: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The fine grid of each channel: step delta_n / 2^m and the range of the (n+m)-bit code.
+
+    Args:
+        scale: delta_n, broadcasts against extra_bits.
+        extra_bits: m per channel, integers (negative: coarser), any shape.
+        bits: n.
+
+    Returns:
+        (step, low, high), floating point in the dtype of scale; low and high have the shape of extra_bits.
+    """
+    width = power_of_two(extra_bits + bits - int(signed), scale.dtype)
+    step = scale * power_of_two(-extra_bits, scale.dtype)
+    return step, (-width if signed else torch.zeros_like(width)), width - 1
+
+
+def dqa_quantize(
+    x: Tensor,
+    scale: Tensor,
+    extra_bits: Tensor,
+    bits: int,
+    *,
+    signed: bool = True,
+    channel_axis: int = 1,
+    clamp: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Quantize with per-channel extra bits, then shift them off (DQA paper, algorithm 1, lines 5 to 8).
+
+    q = clamp(round(x / (delta_n / 2^m))) in n+m bits; code = q >> m, shift_error = q & (2^m - 1). Where m is
+    negative the channel is coarser: q has n+m bits, is the code itself, and there is no shift error.
+
+    Args:
+        x: (B, C, ...) floating point, the activation.
+        scale: delta_n, the width of one n-bit step, unit of x; broadcasts against x.
+        extra_bits: (C,) integers, m on important channels, 0 on the others.
+        bits: n, the width of a stored code.
+        signed: two's complement codes, else unsigned.
+        clamp: False reproduces the paper: the top code may need one more bit.
+
+    Returns:
+        codes: int16 (int32 where clamp is False), the shape of x: n-bit values.
+        shift_errors: uint8, the shape of x: the m bits shifted off; 0 where m is 0.
+
+    Raises:
+        ChannelMismatch: extra_bits does not have one entry per channel of x.
+    """
+    y, scale = _prepare(x, scale)
+    extra = along_channels(extra_bits.to(x.device), x, channel_axis)
+    step, low, high = dqa_grid(scale, extra, bits, signed=signed)
+    q = torch.round(y / _nonzero(step))
+    q = (_bound(q, low, high) if clamp else q).to(torch.int32)
+    shift = extra.clamp(min=0).to(torch.int32)
+    codes = q >> shift  # arithmetic: rounds towards minus infinity, so the shift error is never negative
+    shift_errors = (q - (codes << shift)).to(torch.uint8)
+    return codes.to(torch.int16 if clamp else torch.int32), shift_errors
+
+
+def dqa_dequantize(
+    codes: Tensor, shift_errors: Tensor, scale: Tensor, extra_bits: Tensor, *, channel_axis: int = 1
+) -> Tensor:
+    """delta_n * (code + shift_error / 2^m), computed as delta_{n+m} * q, which it is exactly (eq. 3, algorithm 2).
+
+    Args:
+        codes, shift_errors: as `dqa_quantize` returned them.
+        scale: delta_n, broadcasts against codes.
+        extra_bits: (C,) integers.
+    """
+    extra = along_channels(extra_bits.to(codes.device), codes, channel_axis)
+    q = (codes.to(torch.int32) << extra.clamp(min=0).to(torch.int32)) + shift_errors.to(torch.int32)
+    return q.to(scale.dtype) * (scale * power_of_two(-extra, scale.dtype))
+
+
+def dqa_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    extra_bits: Tensor,
+    bits: int,
+    *,
+    signed: bool = True,
+    channel_axis: int = 1,
+) -> Tensor:
+    """dqa_dequantize(dqa_quantize(x)): a per-channel step and a per-channel clip range. Differentiable."""
+    extra = along_channels(extra_bits.to(x.device), x, channel_axis)
+    scale = torch.as_tensor(scale, dtype=compute_dtype(x.dtype), device=x.device)
+    return grid_fake_quantize(x, *dqa_grid(scale, extra, bits, signed=signed))
+
+
+# ---------------------------------------------------------------- NoisyQuant
+
+
+def noisyquant_quantize(
+    x: Tensor, scale: Tensor, noise: Tensor, bits: int, *, signed: bool = True, channel_axis: int = 1
+) -> Tensor:
+    """Codes of x + N, with N = noise * scale (NoisyQuant, CVPR 2023, eq. 4).
+
+    Args:
+        x: (B, C, ...) floating point.
+        scale: broadcasts against x, unit of x.
+        noise: (C,) in units of the scale: u * amplitude, u drawn once per channel from U(-1, 1).
+    """
+    y, scale, noise = _prepare(x, scale, noise)
+    return direct_quantize(y + along_channels(noise, x, channel_axis) * scale, scale, bits, signed=signed)
+
+
+def noisyquant_dequantize(codes: Tensor, scale: Tensor, noise: Tensor, *, channel_axis: int = 1) -> Tensor:
+    """scale * codes - N, with N = noise * scale."""
+    bias = along_channels(noise.to(scale.dtype), codes, channel_axis) * scale
+    return codes.to(scale.dtype) * scale - bias
+
+
+def noisyquant_fake_quantize(
+    x: Tensor, scale: Tensor, noise: Tensor, bits: int, *, signed: bool = True, channel_axis: int = 1
+) -> Tensor:
+    """Q(x + N) - N with N = noise * scale, rounded to the dtype of x once. Differentiable."""
+    detached = x.detach() if _wants_gradient(x) else x
+    y, scale, noise = _prepare(detached, scale, noise)
+    bias = along_channels(noise, x, channel_axis) * scale
+    rounded = torch.round((y + bias) / _nonzero(scale))
+    codes = rounded.clamp(*code_range(bits, signed))
+    x_hat = (codes * scale - bias).to(x.dtype)
+    return _StraightThrough.apply(x, x_hat, codes == rounded) if _wants_gradient(x) else x_hat  # type: ignore[no-any-return, no-untyped-call]
+
+
+def noisyquant_fold_bias(weight: Tensor, bias: Tensor | None, noise: Tensor) -> Tensor:
+    """B' = B - W N: the bias of the next Linear that makes removing the noise unnecessary (NoisyQuant, eq. 6).
+
+    Args:
+        weight: (O, C).
+        bias: (O,) or None.
+        noise: N itself (C,), in units of x.
+    """
+    removed = weight @ noise.to(weight.dtype)
+    return -removed if bias is None else bias - removed
+
+
+# ---------------------------------------------------------------- Dense+Sparse
+
+
+def dense_sparse_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of the dense part and the mask of the sparse part (QPP paper, eq. 11).
+
+    Args:
+        x: (B, ...) floating point.
+        lower, upper: thresholds a <= b, broadcast against x, unit of x.
+        bits: n.
+
+    Returns:
+        codes: int16, the shape of x; 0 under the mask.
+        outliers: bool, the shape of x: strictly below a or strictly above b. The sparse values are x[outliers].
+    """
+    y, lower, upper = _prepare(x, lower, upper)
+    scale, zero_point = affine_qparams(lower, upper, bits)
+    outliers = (y < lower) | (y > upper)
+    codes = (torch.round(y / _nonzero(scale)) + zero_point).clamp(0, 2**bits - 1)
+    return torch.where(outliers | (scale <= 0), torch.zeros_like(codes), codes).to(torch.int16), outliers
+
+
+def dense_sparse_dequantize(
+    codes: Tensor, outliers: Tensor, values: Tensor, lower: Tensor, upper: Tensor, bits: int
+) -> Tensor:
+    """(codes - z) * s on the dense part, the values themselves on the sparse part.
+
+    Args:
+        codes, outliers: as `dense_sparse_quantize` returned them.
+        values: (k,) x[outliers], in row-major order.
+        lower, upper: thresholds, broadcast against codes.
+
+    Returns:
+        the dtype of values, the shape of codes.
+    """
+    scale, zero_point = affine_qparams(lower, upper, bits)
+    dense = torch.where(scale > 0, (codes.to(scale.dtype) - zero_point) * scale, lower).to(values.dtype)
+    return dense.masked_scatter(outliers, values)
+
+
+def dense_sparse_fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+    """Eq. 11 with a clamp: quantized inside [a, b]; x itself, bit for bit, strictly outside. Gradient one everywhere.
+
+    Where b <= a, values equal to a give a and all else is an outlier: x itself.
+    """
+    detached = x.detach() if _wants_gradient(x) else x
+    y, lower, upper = _prepare(detached, lower, upper)
+    scale, zero_point = affine_qparams(lower, upper, bits)
+    codes = (torch.round(y / _nonzero(scale)) + zero_point).clamp(0, 2**bits - 1)
+    dense = ((codes - zero_point) * scale).to(x.dtype)
+    x_hat = torch.where((y < lower) | (y > upper) | (scale <= 0), detached, dense)
+    return _StraightThrough.apply(x, x_hat, None) if _wants_gradient(x) else x_hat  # type: ignore[no-any-return, no-untyped-call]

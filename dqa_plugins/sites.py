@@ -1,0 +1,71 @@
+"""Sites: where the quantizers of a model are, and what they are called.
+
+A site's name is the same in every adapter, before and after conversion: the original qualified name of the last
+module of the fused pattern (`blocks.0.relu1`), `<enclosing module>.<op>.<k>` for functional operations, `input.<k>`
+for inputs. Rank tables, QPP sites and error messages use these names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .quantizer import ActivationQuantizer
+
+# Behind these the channels are the last axis (the names are those of torch modules, functions and aten operators).
+LAST_AXIS_PRODUCERS = frozenset({"Linear", "LayerNorm", "Embedding", "linear", "layer_norm", "embedding", "matmul"})
+
+
+def default_channel_axis(producer: str) -> int:
+    """The channel axis of a tensor made by `producer`, the class or function name of the operation.
+
+    Returns:
+        -1 behind Linear, LayerNorm, Embedding or matmul, else 1.
+    """
+    return -1 if producer in LAST_AXIS_PRODUCERS else 1
+
+
+class SiteNames:
+    """Hands out site names in order of first execution; a name asked for twice gets a number."""
+
+    def __init__(self) -> None:
+        self._operations: Counter[tuple[str, str]] = Counter()
+        self._modules: Counter[str] = Counter()
+
+    def module(self, qualified_name: str) -> str:
+        """Name of a module call: its qualified name; the k-th repeated call of one module appends `.k`."""
+        self._modules[qualified_name] += 1
+        calls = self._modules[qualified_name] - 1
+        return qualified_name if calls == 0 else f"{qualified_name}.{calls}"
+
+    def operation(self, enclosing: str, op: str) -> str:
+        """Name of a functional operation: `<enclosing>.<op>.<k>`, k counting this op in this module."""
+        op = op.strip("_")
+        op = {"iadd": "add", "imul": "mul", "isub": "sub"}.get(op, op)
+        self._operations[enclosing, op] += 1
+        index = self._operations[enclosing, op] - 1
+        return f"{enclosing}.{op}.{index}" if enclosing else f"{op}.{index}"
+
+
+def iter_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
+    """The quantizers of a model, in order of first execution.
+
+    Works on prepared and converted models of any adapter, and on models with quantizers placed by hand (those are
+    called by their qualified name).
+
+    Yields:
+        (site name, quantizer), each quantizer once.
+    """
+    from .quantizer import ActivationQuantizer
+
+    found: list[tuple[tuple[float, int], str, ActivationQuantizer]] = []
+    for position, (path, module) in enumerate(model.named_modules()):
+        if isinstance(module, ActivationQuantizer):
+            order = float("inf") if module.index is None else module.index
+            found.append(((order, position), module.name or path, module))
+    for _, name, quantizer in sorted(found, key=lambda item: item[0]):
+        yield name, quantizer
