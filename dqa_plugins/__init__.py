@@ -5,14 +5,16 @@ The core: methods, the quantizer and the maths. Framework adapters live in `dqa_
 """
 
 from . import functional
+from ._version import __version__
 from .errors import DQAError, DQAWarning
 from .methods import DQA, DenseSparse, Direct, Method, NoisyQuant, method_from_dict, method_to_dict
 from .quantizer import ActivationQuantizer
 from .sites import iter_quantizers
 
-__version__ = "0.1.0"
+
 
 __all__ = [
+    "__version__",
     "DQA",
     "ActivationQuantizer",
     "DQAError",

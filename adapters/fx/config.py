@@ -1,0 +1,151 @@
+"""A method in FX's own configuration: QConfig and QConfigMapping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.ao.quantization import (
+    FakeQuantize,
+    MinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PlaceholderObserver,
+    QConfig,
+    QConfigMapping,
+)
+
+from dqa_plugins.errors import InvalidMethod, NotAMethod
+from dqa_plugins.methods import DQA, DenseSparse, Direct, Method, NoisyQuant, check_method
+
+from .observer import FXObserver
+
+WEIGHT_SCHEMES = ("channel", "qpp")
+
+
+class PluginQConfigMapping(QConfigMapping):
+    """A QConfigMapping that also knows which layers to leave float, by position or by name.
+
+    Everything of QConfigMapping works on it: set_module_name, set_object_type, set_module_name_regex, ...
+    """
+
+    def __init__(self, skip: Iterable[str] = ()) -> None:
+        super().__init__()
+        if isinstance(skip, str):
+            raise InvalidMethod(f"skip={skip!r}: give a tuple of names, such as ({skip!r},).")
+        self.skip = tuple(skip)
+
+
+class _WeightRange(MinMaxObserver):
+    """Eq. 16 of the QPP paper: s = (max - min) / (2^t - 1) over the whole tensor, w~ = round(w / s) * s.
+
+    The zero point only moves the codes into t bits; as in MinMaxObserver the range is widened to hold zero. Every
+    call sees the weight of that moment: in QAT a minimum of the past must not stay.
+    """
+
+    def forward(self, x_orig: torch.Tensor) -> torch.Tensor:
+        self.reset_min_max_vals()  # type: ignore[no-untyped-call]
+        return super().forward(x_orig)  # type: ignore[no-any-return]
+
+
+def weight_constructor(weight_bits: int | None, weight_scheme: str, channel_axis: int = 0) -> Any:
+    """What FX calls to observe a weight.
+
+    Args:
+        weight_bits: 2 to 8; None leaves weights float.
+        weight_scheme: "channel": symmetric, one scale per output channel, codes in +-(2^(b-1) - 1); "qpp": eq. 16 of
+            the QPP paper, asymmetric, one scale per tensor.
+        channel_axis: of the output channels in the weight.
+
+    Raises:
+        InvalidMethod: other values.
+    """
+    if weight_scheme not in WEIGHT_SCHEMES:
+        raise InvalidMethod(f"weight_scheme={weight_scheme!r}: one of {', '.join(map(repr, WEIGHT_SCHEMES))}.")
+    if weight_bits is None:
+        # NoopObserver(qint8) and weight=None both fail in prepare_fx (torch 2.13): a float32 placeholder passes
+        return PlaceholderObserver.with_args(dtype=torch.float32)
+    if not isinstance(weight_bits, int) or isinstance(weight_bits, bool) or not 2 <= weight_bits <= 8:
+        raise InvalidMethod(
+            f"weight_bits={weight_bits!r}: an integer from 2 to 8 (FX holds weights as qint8), or None for float."
+        )
+    if weight_scheme == "qpp":
+        half = 2 ** (weight_bits - 1)
+        return FakeQuantize.with_args(
+            observer=_WeightRange,
+            quant_min=-half,
+            quant_max=half - 1,
+            dtype=torch.qint8,
+            qscheme=torch.per_tensor_affine,
+        )
+    # FX's reference modules clamp to eight bits whatever quant_max says: with the range symmetric around zero no
+    # narrower code can ever leave it
+    limit = 2 ** (weight_bits - 1) - 1
+    return FakeQuantize.with_args(
+        observer=MovingAveragePerChannelMinMaxObserver,
+        averaging_constant=1.0,  # the weight of this moment, also in QAT
+        quant_min=-limit,
+        quant_max=limit,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=channel_axis,
+    )
+
+
+def _activation(method: Method) -> Any:
+    return FXObserver.with_args(method=check_method(method, "get_qconfig"))
+
+
+def get_qconfig(
+    method: Method, *, weight_bits: int | None = 8, weight_scheme: str = "channel", weight_axis: int = 0
+) -> QConfig:
+    """The method as a QConfig, for QConfigMapping's own set_module_name, set_object_type and so on.
+
+    Args:
+        method: Direct, DQA, NoisyQuant or DenseSparse.
+        weight_bits, weight_scheme: see `weight_constructor`.
+        weight_axis: axis of the output channels in the weight (1 for ConvTranspose).
+
+    Raises:
+        NotAMethod, InvalidMethod.
+    """
+    return QConfig(
+        activation=_activation(method), weight=weight_constructor(weight_bits, weight_scheme, weight_axis)
+    )
+
+
+def get_qconfig_mapping(
+    method: Method | None,
+    *,
+    weight_bits: int | None = 8,
+    weight_scheme: str = "channel",
+    skip: Iterable[str] = (),
+) -> PluginQConfigMapping:
+    """The method for a whole model, as a QConfigMapping for prepare_fx and prepare_qat_fx.
+
+    Args:
+        method: for every layer; None: float unless set for a layer.
+        weight_bits, weight_scheme: see `weight_constructor`.
+        skip: "first", "last" (the first and last layer with a weight), or names of modules to leave float.
+
+    Raises:
+        NotAMethod, InvalidMethod.
+    """
+    mapping = PluginQConfigMapping(skip)
+    if method is None:
+        return mapping
+    if isinstance(method, QConfig | QConfigMapping):
+        raise NotAMethod(f"get_qconfig_mapping takes a method, such as DQA(bits=4); got a {type(method).__name__}.")
+    mapping.set_global(get_qconfig(method, weight_bits=weight_bits, weight_scheme=weight_scheme))
+    if weight_bits is not None and weight_scheme == "channel":
+        for kind in (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d):
+            mapping.set_object_type(kind, get_qconfig(method, weight_bits=weight_bits, weight_axis=1))
+    return mapping
+
+
+
+
+direct_qconfig = get_qconfig_mapping(Direct())
+dqa_qconfig = get_qconfig_mapping(DQA())
+noisyquant_qconfig = get_qconfig_mapping(NoisyQuant())
+dense_sparse_qconfig = get_qconfig_mapping(DenseSparse())

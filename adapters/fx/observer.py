@@ -1,0 +1,56 @@
+"""FX's observer around an ActivationQuantizer."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.ao.quantization.observer import ObserverBase
+from torch.fx import GraphModule, Node
+
+from dqa_plugins.errors import FrameworkMismatch
+from dqa_plugins.methods import Method
+from dqa_plugins.quantizer import ActivationQuantizer
+
+
+class FXObserver(ObserverBase):
+    """Carries an ActivationQuantizer through prepare_fx; `convert` leaves the quantizer itself in the graph.
+
+    It claims to be a quint8 observer, because FX places observers only for dtypes that the native backend lists.
+    The numerics are those of the quantizer; the eight bits are never used.
+
+    Args:
+        method: of the quantizer.
+        dtype: of the claim.
+    """
+
+    def __init__(self, method: Method, dtype: torch.dtype = torch.quint8, **_: Any) -> None:
+        super().__init__(dtype=dtype, is_dynamic=False)
+        self.quantizer = ActivationQuantizer(method)
+        self.paused = False  # True while shapes are traced: neither observe nor quantize
+        # FX and its backend checks read these; they describe the claimed quint8
+        self.qscheme = torch.per_tensor_affine
+        self.quant_min, self.quant_max, self.eps = 0, 255, 2**-12
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe, or in QAT fake-quantize, x of any shape."""
+        return x if self.paused else self.quantizer(x)  # type: ignore[no-any-return]
+
+    def calculate_qparams(self, **_: Any) -> NoReturn:
+        """Never called while the convert hook is in place.
+
+        Raises:
+            FrameworkMismatch: FX is about to put a stock int8 quantizer here, in silence otherwise.
+        """
+        raise FrameworkMismatch(
+            f"{self.quantizer.label}: FX asked for int8 qparams instead of calling `convert`, so the hook on "
+            "torch.ao.quantization.fx.convert is gone. Import dqa_plugins.adapters.fx before convert_fx, and do not "
+            "reload torch.ao."
+        )
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Called by FX for each node that calls this observer: put the frozen quantizer there."""
+        from .convert import convert_site
+
+        convert_site(self, model, node)
