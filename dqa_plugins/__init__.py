@@ -11,10 +11,7 @@ from .methods import DQA, DenseSparse, Direct, Method, NoisyQuant, method_from_d
 from .quantizer import ActivationQuantizer
 from .sites import iter_quantizers
 
-
-
 __all__ = [
-    "__version__",
     "DQA",
     "ActivationQuantizer",
     "DQAError",
@@ -23,6 +20,7 @@ __all__ = [
     "Direct",
     "Method",
     "NoisyQuant",
+    "__version__",
     "functional",
     "iter_quantizers",
     "method_from_dict",

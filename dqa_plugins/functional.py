@@ -15,109 +15,21 @@ Notation of the papers: n = bits, m = extra bits, delta_n = scale.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .errors import ChannelAxisError, ChannelMismatch
-
-# 2^k for k in -16..16 as exact constants: exp2 and pow may be one unit in the last place off on some devices.
-_POWERS = [2.0**k for k in range(-16, 17)]
-
-
-def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """2^exponent, exactly. exponent: integers in [-16, 16], any shape."""
-    return torch.tensor(_POWERS, dtype=dtype, device=exponent.device)[exponent.long() + 16]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a tensor of this dtype is quantized: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def code_range(bits: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest n-bit code: [-2^(n-1), 2^(n-1) - 1] signed, [0, 2^n - 1] unsigned."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-
-
-def along_channels(vector: Tensor, x: Tensor, channel_axis: int) -> Tensor:
-    """Lay a (C,) vector along the channel axis of x, so that it broadcasts.
-
-    Raises:
-        ChannelAxisError: x has no such axis, or it is the batch.
-        ChannelMismatch: the vector does not have one entry per channel of x.
-    """
-    axis = channel_axis + x.ndim if channel_axis < 0 else channel_axis
-    if not 0 < axis < x.ndim:
-        raise ChannelAxisError(
-            f"channel axis {channel_axis} does not exist, or is the batch, in a tensor of shape {tuple(x.shape)}."
-        )
-    if vector.shape != (x.shape[axis],):
-        raise ChannelMismatch(
-            f"a per-channel vector of shape {tuple(vector.shape)} does not fit axis {channel_axis} of a tensor of "
-            f"shape {tuple(x.shape)}, which has {x.shape[axis]} channels."
-        )
-    return vector.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-
-
-# ---------------------------------------------------------------- the uniform grid that all methods share
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    """The scale as a safe divisor: 1 where it is 0. The product with the true scale is then 0."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
-def _prepare(x: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
-    """x and its parameters in the compute dtype, on the device of x, without gradient."""
-    dtype = compute_dtype(x.dtype)
-    moved = [torch.as_tensor(p, dtype=dtype, device=x.device) for p in parameters]
-    return (x.to(dtype), *(p.detach() if p.requires_grad else p for p in moved))
-
-
-def _bound(values: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    if isinstance(low, int) and isinstance(high, int):
-        return torch.clamp(values, low, high)
-    # ONNX Clip takes scalar bounds only: Max, then Min
-    return torch.minimum(torch.maximum(values, torch.as_tensor(low)), torch.as_tensor(high))
-
-
-def _wants_gradient(x: Tensor) -> bool:
-    # while exporting there is no backward pass, and the graph must stay plain aten
-    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Returns `value` in the forward pass; its gradient goes to x where `inside`, and is zero elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
-        if inside is not None:
-            ctx.save_for_backward(inside)
-        return value.clone() if value is x else value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (grad,) = grads
-        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None
-
-
-def grid_fake_quantize(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """scale * clamp(round(x / scale), low, high): the step that Direct, DQA and NoisyQuant share.
-
-    Args:
-        x: any shape, floating point.
-        scale: broadcasts against x, unit of x.
-        low, high: smallest and largest code, integers or float tensors which broadcast against x.
-    """
-    detached = x.detach() if _wants_gradient(x) else x
-    y, scale = _prepare(detached, scale)
-    rounded = torch.round(y / _nonzero(scale))
-    codes = _bound(rounded, low, high)
-    x_hat = (codes * scale).to(x.dtype)
-    return _StraightThrough.apply(x, x_hat, codes == rounded) if _wants_gradient(x) else x_hat  # type: ignore[no-any-return, no-untyped-call]
-
+from .grid import (
+    along_channels,
+    bound,
+    code_range,
+    compute_dtype,
+    grid_fake_quantize,
+    nonzero,
+    power_of_two,
+    prepare,
+    straight_through,
+    wants_gradient,
+)
 
 # ---------------------------------------------------------------- Direct
 
@@ -144,8 +56,8 @@ def direct_quantize(
     Returns:
         int16, the shape of x (int32 where clamp is False).
     """
-    y, scale = _prepare(x, scale)
-    codes = torch.round(y / _nonzero(scale))
+    y, scale = prepare(x, scale)
+    codes = torch.round(y / nonzero(scale))
     if zero_point is not None:
         codes, signed = codes + zero_point, False
     if not clamp:
@@ -167,8 +79,8 @@ def direct_dequantize(codes: Tensor, scale: Tensor, *, zero_point: Tensor | None
 def direct_fake_quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = True, clamp: bool = True) -> Tensor:
     """direct_dequantize(direct_quantize(x)), in the dtype of x, differentiable. Symmetric; see `affine_*` for a, b."""
     if not clamp:
-        y, scale = _prepare(x, scale)
-        return (torch.round(y / _nonzero(scale)) * scale).to(x.dtype)
+        y, scale = prepare(x, scale)
+        return (torch.round(y / nonzero(scale)) * scale).to(x.dtype)
     return grid_fake_quantize(x, scale, *code_range(bits, signed))
 
 
@@ -184,23 +96,34 @@ def affine_qparams(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Ten
         lower, upper: a and b, unit of x, any shape (equal).
     """
     scale = torch.clamp(upper - lower, min=0) / (2**bits - 1)
-    return scale, torch.where(scale > 0, torch.round(-lower / _nonzero(scale)), torch.zeros_like(scale))
+    return scale, torch.where(scale > 0, torch.round(-lower / nonzero(scale)), torch.zeros_like(scale))
 
 
-def affine_fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+def affine_fake_quantize(
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, *, grid: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """(clamp(round(x / s) + z, 0, 2^n - 1) - z) * s: Direct with `symmetric=False`, values outside [a, b] clamped.
 
     Args:
         x: any shape, floating point.
         lower, upper: a <= b, broadcast against x, unit of x. Where a == b the result is a.
+        grid: `affine_qparams(lower, upper)` with every scale positive, if the caller has it already.
     """
-    detached = x.detach() if _wants_gradient(x) else x
-    y, lower, upper = _prepare(detached, lower, upper)
-    scale, zero_point = affine_qparams(lower, upper, bits)
-    rounded = torch.round(y / _nonzero(scale)) + zero_point
+    detached = x.detach() if wants_gradient(x) else x
+    y, lower, upper = prepare(detached, lower, upper)
+    rounded, codes, dense = _affine(y, lower, upper, bits, grid)
+    return straight_through(x, dense.to(x.dtype), (rounded, codes))
+
+
+def _affine(
+    y: Tensor, lower: Tensor, upper: Tensor, bits: int, grid: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes before and after the clamp, and the value of the clamped ones; a where the range is empty."""
+    scale, zero_point = affine_qparams(lower, upper, bits) if grid is None else grid
+    rounded = torch.round(y / (nonzero(scale) if grid is None else scale)) + zero_point
     codes = rounded.clamp(0, 2**bits - 1)
-    x_hat = torch.where(scale > 0, (codes - zero_point) * scale, lower).to(x.dtype)
-    return _StraightThrough.apply(x, x_hat, codes == rounded) if _wants_gradient(x) else x_hat  # type: ignore[no-any-return, no-untyped-call]
+    dense = (codes - zero_point) * scale
+    return rounded, codes, torch.where(scale > 0, dense, lower) if grid is None else dense
 
 
 # ---------------------------------------------------------------- DQA
@@ -252,11 +175,11 @@ def dqa_quantize(
     Raises:
         ChannelMismatch: extra_bits does not have one entry per channel of x.
     """
-    y, scale = _prepare(x, scale)
+    y, scale = prepare(x, scale)
     extra = along_channels(extra_bits.to(x.device), x, channel_axis)
     step, low, high = dqa_grid(scale, extra, bits, signed=signed)
-    q = torch.round(y / _nonzero(step))
-    q = (_bound(q, low, high) if clamp else q).to(torch.int32)
+    q = torch.round(y / nonzero(step))
+    q = (bound(q, low, high) if clamp else q).to(torch.int32)
     shift = extra.clamp(min=0).to(torch.int32)
     codes = q >> shift  # arithmetic: rounds towards minus infinity, so the shift error is never negative
     shift_errors = (q - (codes << shift)).to(torch.uint8)
@@ -306,7 +229,7 @@ def noisyquant_quantize(
         scale: broadcasts against x, unit of x.
         noise: (C,) in units of the scale: u * amplitude, u drawn once per channel from U(-1, 1).
     """
-    y, scale, noise = _prepare(x, scale, noise)
+    y, scale, noise = prepare(x, scale, noise)
     return direct_quantize(y + along_channels(noise, x, channel_axis) * scale, scale, bits, signed=signed)
 
 
@@ -320,13 +243,10 @@ def noisyquant_fake_quantize(
     x: Tensor, scale: Tensor, noise: Tensor, bits: int, *, signed: bool = True, channel_axis: int = 1
 ) -> Tensor:
     """Q(x + N) - N with N = noise * scale, rounded to the dtype of x once. Differentiable."""
-    detached = x.detach() if _wants_gradient(x) else x
-    y, scale, noise = _prepare(detached, scale, noise)
+    dtype = compute_dtype(x.dtype)
+    scale, noise = (torch.as_tensor(v, dtype=dtype, device=x.device) for v in (scale, noise))
     bias = along_channels(noise, x, channel_axis) * scale
-    rounded = torch.round((y + bias) / _nonzero(scale))
-    codes = rounded.clamp(*code_range(bits, signed))
-    x_hat = (codes * scale - bias).to(x.dtype)
-    return _StraightThrough.apply(x, x_hat, codes == rounded) if _wants_gradient(x) else x_hat  # type: ignore[no-any-return, no-untyped-call]
+    return grid_fake_quantize(x, scale, *code_range(bits, signed), bias=bias)
 
 
 def noisyquant_fold_bias(weight: Tensor, bias: Tensor | None, noise: Tensor) -> Tensor:
@@ -356,10 +276,10 @@ def dense_sparse_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) ->
         codes: int16, the shape of x; 0 under the mask.
         outliers: bool, the shape of x: strictly below a or strictly above b. The sparse values are x[outliers].
     """
-    y, lower, upper = _prepare(x, lower, upper)
+    y, lower, upper = prepare(x, lower, upper)
     scale, zero_point = affine_qparams(lower, upper, bits)
     outliers = (y < lower) | (y > upper)
-    codes = (torch.round(y / _nonzero(scale)) + zero_point).clamp(0, 2**bits - 1)
+    codes = (torch.round(y / nonzero(scale)) + zero_point).clamp(0, 2**bits - 1)
     return torch.where(outliers | (scale <= 0), torch.zeros_like(codes), codes).to(torch.int16), outliers
 
 
@@ -381,15 +301,18 @@ def dense_sparse_dequantize(
     return dense.masked_scatter(outliers, values)
 
 
-def dense_sparse_fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+def dense_sparse_fake_quantize(
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, *, grid: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Eq. 11 with a clamp: quantized inside [a, b]; x itself, bit for bit, strictly outside. Gradient one everywhere.
 
     Where b <= a, values equal to a give a and all else is an outlier: x itself.
+
+    Args:
+        x, lower, upper, bits, grid: as `affine_fake_quantize`.
     """
-    detached = x.detach() if _wants_gradient(x) else x
-    y, lower, upper = _prepare(detached, lower, upper)
-    scale, zero_point = affine_qparams(lower, upper, bits)
-    codes = (torch.round(y / _nonzero(scale)) + zero_point).clamp(0, 2**bits - 1)
-    dense = ((codes - zero_point) * scale).to(x.dtype)
-    x_hat = torch.where((y < lower) | (y > upper) | (scale <= 0), detached, dense)
-    return _StraightThrough.apply(x, x_hat, None) if _wants_gradient(x) else x_hat  # type: ignore[no-any-return, no-untyped-call]
+    detached = x.detach() if wants_gradient(x) else x
+    y, lower, upper = prepare(detached, lower, upper)
+    dense = _affine(y, lower, upper, bits, grid)[2].to(x.dtype)
+    outside = (y < lower) | (y > upper)
+    return straight_through(x, torch.where(outside, detached, dense), None)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import warnings
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .calibration import CalibrationRecord, StateModule
+from .decide import decide
 from .errors import (
     ChannelAxisError,
     ChannelMismatch,
-    DQAWarning,
     InvalidMethod,
     NonFiniteInput,
     StateMismatch,
@@ -34,7 +33,6 @@ from .errors import (
 )
 from .methods import DQA, DenseSparse, Method, NoisyQuant, check_method, method_from_dict, method_to_dict
 from .qparams import QParams, from_statistic, lay_out
-from .search import channel_errors, clip_factor, draw_noise, search_noise
 from .statistics import grouped, statistic
 
 _first_executions = itertools.count()
@@ -86,8 +84,8 @@ class ActivationQuantizer(StateModule):
         self._axis: int | None = None
         self._channels: int | None = None
         self._signed: bool | None = None
-        self._ranked = False  # extra_bits were given, not derived
-        self._searched = 0  # kept samples at the last search (QAT)
+        self.ranked = False  # extra_bits were given, not derived
+        self.searched = 0  # kept samples at the last search (QAT)
         # objective="output": the geometry of the next linear layer, set by the adapter before calibration:
         # () for Linear, (kernel, dilation, stride) for Conv2d; None: unknown.
         self.consumer_geometry: tuple[Any, ...] | None = None
@@ -97,7 +95,7 @@ class ActivationQuantizer(StateModule):
 
     @property
     def state(self) -> str:
-        """"observe", "frozen" or "qat"."""
+        """ "observe", "frozen" or "qat"."""
         return self._state
 
     @property
@@ -152,7 +150,7 @@ class ActivationQuantizer(StateModule):
             return self
         self._require_data("was frozen or converted")
         if self._state == "observe":
-            self._decide(consumer_weight)
+            decide(self, consumer_weight)
         self._signed = self.signed
         self._state = "frozen"
         self.calibration.reset()
@@ -196,8 +194,8 @@ class ActivationQuantizer(StateModule):
                 f"each must be in [{1 - bits}, {bits}]."
             )
         self.extra_bits = extra_bits.detach().to(self.extra_bits.device, torch.int64).clone()
-        self._ranked = True
-        self._derive()
+        self.ranked = True
+        self.derive_grid()
 
     # ------------------------------------------------------------ forward
 
@@ -218,7 +216,7 @@ class ActivationQuantizer(StateModule):
         if self._state == "qat":
             if self.training:
                 self._observe(x)
-                self._decide(None)
+                decide(self, None)
             else:
                 self._require_data("was run in eval mode")
         return self.fake_quantize(x)
@@ -230,7 +228,7 @@ class ActivationQuantizer(StateModule):
             values = statistic(x, self.method, self.signed, axis)
             if self.method.scope == "batch":
                 values = values.amax(0, keepdim=True)
-            found = from_statistic(self.method, values, self.signed, self._factor)
+            found = from_statistic(self.method, values, self.signed, self.clip_factor)
             return found.map(lambda p: lay_out(p, x, axis, per_sample=True))
         static = QParams(*(p if p.numel() else None for p in (self.scale, self.lower, self.upper)))
         return static.map(lambda p: lay_out(p.reshape(-1), x, axis, per_sample=False))
@@ -252,15 +250,14 @@ class ActivationQuantizer(StateModule):
             step, low, high = (F.along_channels(v, x, axis) for v in (self.grid_step, self.grid_low, self.grid_high))
             return F.grid_fake_quantize(x, scale * step, low, high)
         if isinstance(method, NoisyQuant):
-            return F.noisyquant_fake_quantize(
-                x, scale, self.noise, method.bits, signed=self.signed, channel_axis=axis
-            )
+            return F.noisyquant_fake_quantize(x, scale, self.noise, method.bits, signed=self.signed, channel_axis=axis)
         return F.direct_fake_quantize(x, scale, method.bits, signed=self.signed)
 
     # ------------------------------------------------------------ calibration
 
     @property
-    def _factor(self) -> Tensor | None:
+    def clip_factor(self) -> Tensor | None:
+        """() or (C,): the multiple of the maximum that clip="mse" chose; None for other clips."""
         return self.factor if self.factor.numel() else None
 
     def _require_data(self, event: str) -> None:
@@ -291,7 +288,7 @@ class ActivationQuantizer(StateModule):
             axis = self._checked_axis(x)
             if self._channels is None:
                 self._channels = x.shape[axis]
-                if isinstance(self.method, DQA) and self._ranked:
+                if isinstance(self.method, DQA) and self.ranked:
                     self.set_extra_bits(self.extra_bits)
         self._check_channels(x)
         self.calibration.observe(x, self._rows(x), self.method, self._axis, moving=self._state == "qat")
@@ -321,78 +318,8 @@ class ActivationQuantizer(StateModule):
                 return nn.functional.unfold(grouped(x, "tensor", 1).view_as(x), kernel, dilation, 0, stride)
         return grouped(x, "channel" if self.uses_channels else "tensor", self.channel_axis)
 
-    @torch.no_grad()
-    def _decide(self, consumer_weight: Tensor | None) -> None:
-        """Everything that calibration decides: searches first, then static qparams."""
-        method, record, signed = self.method, self.calibration, self.signed
-        if method.signed is False and record.negative:
-            warnings.warn(
-                DQAWarning(
-                    f"{self.label}: signed=False, but calibration saw {float(record.minimum):.4g}; negative values "
-                    "become 0. Use signed=None or True unless that is meant."
-                ),
-                stacklevel=3,
-            )
-        kept = int(record.counts[1])
-        search = self._searched != kept
-        self._searched = kept
-        rows = record.kept
-        taps = rows.shape[0] // self._channels if self._channels else 1
-        weight = self._objective_weight(consumer_weight)
-
-        def for_rows(factor: Tensor | None) -> QParams:
-            if method.qparams == "dynamic":
-                found = from_statistic(method, record.kept_statistic, signed, factor)
-                return found.map(lambda p: p[record.kept_sample].T.repeat_interleave(taps if len(p.T) > 1 else 1, 0))
-            found = from_statistic(method, record.reduced(method), signed, factor)
-            return found.map(lambda p: p.repeat_interleave(taps if len(p) > 1 else 1)[:, None])
-
-        if method.clip == "mse" and search:
-            groups = len(rows) if method.granularity == "channel" and taps == 1 else 1
-            self.factor = clip_factor(method, rows, for_rows, signed, groups=groups, weight=weight)
-        if isinstance(method, DQA) and not self._ranked and search:
-            self.extra_bits = self._extra_bits_by(channel_errors(method, rows, for_rows(self._factor), signed))
-        if isinstance(method, NoisyQuant) and search:
-            unit = draw_noise(method.seed, self.name, self._channels or 0, method.noise)
-            scale = for_rows(self._factor).scale
-            if scale is None:
-                raise TypeError("NoisyQuant without a scale")
-            mean, amplitude = search_noise(method, unit, rows, scale, signed, taps=taps, weight=weight)
-            self.noise = (unit * amplitude + mean).to(rows.device)
-        if method.qparams == "static":
-            found = from_statistic(method, record.reduced(method), signed, self._factor)
-            for name, value in zip(QParams._fields, found, strict=True):
-                if value is not None:
-                    setattr(self, name, value[0].clone() if method.granularity == "tensor" else value.clone())
-        self._derive()
-
-    def _objective_weight(self, weight: Tensor | None) -> Tensor | None:
-        method = self.method
-        if not isinstance(method, NoisyQuant) or method.objective != "output" or self.consumer_missing:
-            return None
-        if weight is None:
-            raise UnsupportedCombination(
-                f"{self.label}: objective='output' needs the next linear layer, which only the FX and PT2E adapters "
-                "know; use objective='activation' here."
-            )
-        if weight.shape[1] != len(self.calibration.kept):
-            raise ChannelMismatch(
-                f"{self.label}: the next linear layer has {weight.shape[1]} inputs, the kept values "
-                f"{len(self.calibration.kept)} rows."
-            )
-        return weight.detach().double().to(self.calibration.kept.device)
-
-    def _extra_bits_by(self, importance: Tensor) -> Tensor:
-        """m on the round(ratio * C) channels of highest importance, ties to the lower index; 0 elsewhere."""
-        method = self.method
-        if not isinstance(method, DQA):
-            raise UnsupportedCombination(f"{self.label} has no important channels.")
-        order = importance.argsort(descending=True, stable=True)
-        extra = torch.zeros(len(importance), dtype=torch.int64, device=importance.device)
-        extra[order[: round(method.ratio * len(importance))]] = method.extra
-        return extra
-
-    def _derive(self) -> None:
+    def derive_grid(self) -> None:
+        """Recompute DQA's grid (step, low, high of each channel) from extra_bits and the sign."""
         if isinstance(self.method, DQA) and self.extra_bits.numel():
             one = torch.ones((), device=self.extra_bits.device)
             self.grid_step, self.grid_low, self.grid_high = F.dqa_grid(
@@ -409,8 +336,8 @@ class ActivationQuantizer(StateModule):
             "axis": self._axis,
             "channels": self._channels,
             "signed": self._signed,
-            "ranked": self._ranked,
-            "searched": self._searched,
+            "ranked": self.ranked,
+            "searched": self.searched,
             "index": self.index,
         }
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
@@ -429,6 +356,6 @@ class ActivationQuantizer(StateModule):
                 "with the methods it was saved with."
             )
         self._state, self._axis, self._channels = loaded["state"], loaded["axis"], loaded["channels"]
-        self._signed, self._ranked, self._searched = loaded["signed"], loaded["ranked"], loaded["searched"]
+        self._signed, self.ranked, self.searched = loaded["signed"], loaded["ranked"], loaded["searched"]
         self.index = loaded["index"] if self.index is None else self.index
-        self._derive()
+        self.derive_grid()

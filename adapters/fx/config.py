@@ -109,9 +109,7 @@ def get_qconfig(
     Raises:
         NotAMethod, InvalidMethod.
     """
-    return QConfig(
-        activation=_activation(method), weight=weight_constructor(weight_bits, weight_scheme, weight_axis)
-    )
+    return QConfig(activation=_activation(method), weight=weight_constructor(weight_bits, weight_scheme, weight_axis))
 
 
 def get_qconfig_mapping(
@@ -141,8 +139,6 @@ def get_qconfig_mapping(
         for kind in (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d):
             mapping.set_object_type(kind, get_qconfig(method, weight_bits=weight_bits, weight_axis=1))
     return mapping
-
-
 
 
 direct_qconfig = get_qconfig_mapping(Direct())

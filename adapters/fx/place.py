@@ -31,8 +31,8 @@ from .observer import FXObserver
 logger = logging.getLogger(__name__)
 
 PRESERVING = frozenset(
-    "flatten transpose permute reshape view squeeze unsqueeze getitem narrow repeat repeat_interleave contiguous detach "
-    "expand chunk split select t clone dropout max_pool1d max_pool2d max_pool3d pixel_shuffle pixel_unshuffle "
+    "flatten transpose permute reshape view squeeze unsqueeze getitem narrow repeat repeat_interleave contiguous "
+    "detach expand chunk split select t clone dropout max_pool1d max_pool2d max_pool3d pixel_shuffle pixel_unshuffle "
     "Identity Flatten Unflatten Dropout MaxPool1d MaxPool2d MaxPool3d PixelShuffle PixelUnshuffle".split()
 )
 CLAMPING = frozenset("relu relu_ relu6 hardtanh hardtanh_ clamp clamp_ ReLU ReLU6 Hardtanh".split())
@@ -210,7 +210,7 @@ def _shapes(model: GraphModule, example_inputs: Any) -> dict[Node, tuple[int, ..
     return recorder.shapes
 
 
-class _stock_observers_disabled:  # noqa: N801 - a context manager
+class _stock_observers_disabled:
     """Restores the state of torch.ao's own observers, which a forward pass would feed."""
 
     def __init__(self, modules: list[Any]) -> None:
