@@ -103,7 +103,7 @@ class CalibrationRecord(StateModule):
             channel_axis: resolved.
             moving: also update the moving average (QAT).
         """
-        values = statistic(x, method, method.signed, channel_axis)
+        values = statistic(x, method, channel_axis)
         top = values.amax(0) if method.reduction == "max" else values.mean(0)
         if self.count == 0:
             self.maximum, self.total = values.amax(0), values.double().sum(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import ChannelMismatch, DQAWarning, UnsupportedCombination
 from .methods import DQA, NoisyQuant
-from .qparams import QParams, from_statistic
+from .qparams import QParams, from_extents
 from .search import channel_errors, clip_factor, draw_noise, search_noise
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def kept_qparams(quantizer: ActivationQuantizer, factor: Tensor | None) -> QPara
     method, record, signed = quantizer.method, quantizer.calibration, quantizer.signed
     taps = _taps(quantizer)
     if method.qparams == "dynamic":
-        found = from_statistic(method, record.kept_statistic, signed, factor)
+        found = from_extents(method, record.kept_statistic.unbind(1), signed, factor)
         return found.map(lambda p: p[record.kept_sample].T.repeat_interleave(taps if p.shape[1] > 1 else 1, 0))
-    found = from_statistic(method, record.reduced(method), signed, factor)
+    found = from_extents(method, record.reduced(method).unbind(0), signed, factor)
     return found.map(lambda p: p.repeat_interleave(taps if len(p) > 1 else 1)[:, None])
 
 
@@ -65,10 +65,10 @@ def decide(quantizer: ActivationQuantizer, consumer_weight: Tensor | None) -> No
         )
     kept = int(record.counts[1])
     if quantizer.searched != kept:
-        quantizer.searched = kept
         _search(quantizer, _objective_weight(quantizer, consumer_weight))
+        quantizer.searched = kept
     if method.qparams == "static":
-        found = from_statistic(method, record.reduced(method), signed, quantizer.clip_factor)
+        found = from_extents(method, record.reduced(method).unbind(0), signed, quantizer.clip_factor)
         for name, value in zip(QParams._fields, found, strict=True):
             if value is not None:
                 setattr(quantizer, name, value[0].clone() if method.granularity == "tensor" else value.clone())

@@ -21,6 +21,7 @@ from torch import Tensor
 from .grid import (
     along_channels,
     bound,
+    cast,
     code_range,
     compute_dtype,
     grid_fake_quantize,
@@ -90,13 +91,13 @@ def direct_fake_quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = 
 def affine_qparams(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the range [lower, upper] (QPP paper, eq. 12).
 
-    s = (b - a) / (2^n - 1), z = round(-a / s); where b <= a, s = 0 and z = 0.
+    s = (b - a) / (2^n - 1), z = round(-a / s); where b <= a, s = 0 and z is of no consequence.
 
     Args:
         lower, upper: a and b, unit of x, any shape (equal).
     """
     scale = torch.clamp(upper - lower, min=0) / (2**bits - 1)
-    return scale, torch.where(scale > 0, torch.round(-lower / nonzero(scale)), torch.zeros_like(scale))
+    return scale, torch.round(-lower / nonzero(scale))
 
 
 def affine_fake_quantize(
@@ -112,7 +113,7 @@ def affine_fake_quantize(
     detached = x.detach() if wants_gradient(x) else x
     y, lower, upper = prepare(detached, lower, upper)
     rounded, codes, dense = _affine(y, lower, upper, bits, grid)
-    return straight_through(x, dense.to(x.dtype), (rounded, codes))
+    return straight_through(x, cast(dense, x.dtype), (rounded, codes))
 
 
 def _affine(
@@ -313,6 +314,6 @@ def dense_sparse_fake_quantize(
     """
     detached = x.detach() if wants_gradient(x) else x
     y, lower, upper = prepare(detached, lower, upper)
-    dense = _affine(y, lower, upper, bits, grid)[2].to(x.dtype)
+    dense = cast(_affine(y, lower, upper, bits, grid)[2], x.dtype)
     outside = (y < lower) | (y > upper)
     return straight_through(x, torch.where(outside, detached, dense), None)

@@ -53,24 +53,36 @@ def along_channels(vector: Tensor, x: Tensor, channel_axis: int) -> Tensor:
 
 def nonzero(scale: Tensor) -> Tensor:
     """The scale as a safe divisor: 1 where it is 0. The product with the true scale is then 0."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype; x itself where it has it: `.to` would leave a node in exported graphs."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def prepare(x: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
     """x and its parameters in the compute dtype, on the device of x, without gradient."""
     dtype = compute_dtype(x.dtype)
-    moved = [torch.as_tensor(p, dtype=dtype, device=x.device) for p in parameters]
-    return (x.to(dtype), *(p.detach() if p.requires_grad else p for p in moved))
+    moved = []
+    for p in parameters:
+        if not isinstance(p, Tensor) or p.dtype != dtype or p.device != x.device:
+            p = torch.as_tensor(p, dtype=dtype, device=x.device)
+        moved.append(p.detach() if p.requires_grad else p)
+    return (cast(x, dtype), *moved)
 
 
 def bound(values: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """values clamped to [low, high], integers or tensors that broadcast."""
     if isinstance(low, int) and isinstance(high, int):
         return torch.clamp(values, low, high)
     # ONNX Clip takes scalar bounds only: Max, then Min
-    return torch.minimum(torch.maximum(values, torch.as_tensor(low)), torch.as_tensor(high))
+    low, high = (v if isinstance(v, Tensor) else torch.tensor(v) for v in (low, high))
+    return torch.minimum(torch.maximum(values, low), high)
 
 
 def wants_gradient(x: Tensor) -> bool:
+    """True if a backward pass may reach x."""
     # while exporting there is no backward pass, and the graph must stay plain aten
     return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
 
@@ -123,4 +135,4 @@ def grid_fake_quantize(
     rounded = torch.round(y / (nonzero(scale) if divisor is None else divisor))
     codes = bound(rounded, low, high)
     x_hat = codes * scale if bias is None else codes * scale - bias
-    return straight_through(x, x_hat.to(x.dtype), (rounded, codes))
+    return straight_through(x, cast(x_hat, x.dtype), (rounded, codes))

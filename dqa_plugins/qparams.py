@@ -7,6 +7,7 @@ From there on all sources share the functions below.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,28 +35,27 @@ def scale_divisor(method: Method, signed: bool) -> int:
     return int(2 ** (method.bits - 1) if signed else 2**method.bits)
 
 
-def from_statistic(method: Method, values: Tensor, signed: bool, factor: Tensor | None = None) -> QParams:
-    """Qparams of a statistic.
+def from_extents(method: Method, extents: Sequence[Tensor], signed: bool, factor: Tensor | None = None) -> QParams:
+    """Qparams of the statistics of a tensor.
 
     Args:
         method: whose qparams.
-        values: (..., S, G) as `statistics.statistic` or `CalibrationRecord.reduced` gave them.
+        extents: as `statistics.extents` gave them, (..., G) each; those recorded while the sign was open serve too.
         signed: resolved.
         factor: () or (G,), multiplies the range (clip="mse").
 
     Returns:
-        parameters of shape (..., G), in the dtype of values.
+        parameters of shape (..., G), in the dtype of the extents.
     """
     if isinstance(method, DenseSparse):
         if not signed:
-            upper = values[..., 2, :]
-            return QParams(None, torch.zeros_like(upper), upper)
-        return QParams(None, -values[..., 0, :], values[..., 1, :])
+            return QParams(None, torch.zeros_like(extents[-1]), extents[-1])
+        return QParams(None, -extents[0], extents[1])
     if factor is not None:
-        values = values * factor
+        extents = [extent * factor for extent in extents]
     if method.uses_range:
-        return QParams(None, -values[..., 0, :], values[..., 1, :])
-    return QParams(values[..., 0, :] / scale_divisor(method, signed))
+        return QParams(None, -extents[0], extents[1])
+    return QParams(extents[0] / scale_divisor(method, signed))
 
 
 def lay_out(parameter: Tensor, x: Tensor, channel_axis: int, *, per_sample: bool) -> Tensor:

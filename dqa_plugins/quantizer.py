@@ -32,8 +32,8 @@ from .errors import (
     UnsupportedInput,
 )
 from .methods import DQA, DenseSparse, Method, NoisyQuant, check_method, method_from_dict, method_to_dict
-from .qparams import QParams, from_statistic, lay_out
-from .statistics import grouped, statistic
+from .qparams import QParams, from_extents, lay_out
+from .statistics import extents, grouped
 
 _first_executions = itertools.count()
 
@@ -225,10 +225,10 @@ class ActivationQuantizer(StateModule):
         """The qparams that x, (B, ...), is quantized with, shaped to broadcast against it."""
         axis = self.channel_axis
         if self.method.qparams == "dynamic":
-            values = statistic(x, self.method, self.signed, axis)
+            found_extents = extents(x, self.method, self.signed, axis)
             if self.method.scope == "batch":
-                values = values.amax(0, keepdim=True)
-            found = from_statistic(self.method, values, self.signed, self.clip_factor)
+                found_extents = tuple(e.amax(0, keepdim=True) for e in found_extents)
+            found = from_extents(self.method, found_extents, self.signed, self.clip_factor)
             return found.map(lambda p: lay_out(p, x, axis, per_sample=True))
         static = QParams(*(p if p.numel() else None for p in (self.scale, self.lower, self.upper)))
         return static.map(lambda p: lay_out(p.reshape(-1), x, axis, per_sample=False))

@@ -11,19 +11,19 @@ import math
 import torch
 from torch import Tensor
 
-from .functional import compute_dtype
+from .grid import cast, compute_dtype
 from .methods import DenseSparse, Method
 
 
 def grouped(x: Tensor, granularity: str, channel_axis: int) -> Tensor:
     """View x, (B, ...), as (B, G, N): G groups of N values per sample, in the compute dtype."""
-    x = x.to(compute_dtype(x.dtype))
+    x = cast(x, compute_dtype(x.dtype))
     if granularity == "tensor":
         return x.flatten(1).unsqueeze(1)
     return x.movedim(channel_axis, 1).flatten(2) if x.ndim > 2 else x.unsqueeze(2)
 
 
-def quantiles(x: Tensor, levels: tuple[float, ...]) -> Tensor:
+def quantiles(x: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
     """Quantiles over the last axis by linear interpolation, exact for any number of values.
 
     Order statistics come from `topk`, on whichever side is shorter: several times faster than torch.quantile for
@@ -34,7 +34,7 @@ def quantiles(x: Tensor, levels: tuple[float, ...]) -> Tensor:
         levels: in [0, 1].
 
     Returns:
-        (..., len(levels)): v_lo + (v_hi - v_lo) * fraction, with position level * (N - 1).
+        one (...) tensor per level: v_lo + (v_hi - v_lo) * fraction, at position level * (N - 1).
     """
     count = x.shape[-1]
     positions = [min(max(level, 0.0), 1.0) * (count - 1) for level in levels]
@@ -51,53 +51,50 @@ def quantiles(x: Tensor, levels: tuple[float, ...]) -> Tensor:
         elif ascending is not None:
             first, second = ascending[..., rank], ascending[..., following]
         found.append(first + (second - first) * (position - rank))
-    return torch.stack(found, dim=-1)
+    return tuple(found)
 
 
-def statistic_size(method: Method) -> int:
-    """S, the number of values that `statistic` gives per sample and group."""
-    if isinstance(method, DenseSparse):
-        return 3
-    return 2 if method.uses_range else 1
+def extents(x: Tensor, method: Method, signed: bool | None, channel_axis: int) -> tuple[Tensor, ...]:
+    """The per-sample statistics behind a method's qparams.
 
-
-def statistic(x: Tensor, method: Method, signed: bool | None, channel_axis: int) -> Tensor:
-    """The per-sample statistic behind a method's qparams.
-
-    Every entry is oriented so that a larger one means a wider range; so maxima over samples merge by `max`.
+    Each is oriented so that a larger value means a wider range; so maxima over samples merge by `max`.
 
     Args:
         x: (B, ...) floating point.
         method: whose statistic.
-        signed: as resolved, None while calibrating: a statistic that serves both outcomes.
+        signed: as resolved, None while calibrating: statistics that serve both outcomes.
         channel_axis: used where method.granularity is "channel".
 
     Returns:
-        (B, S, G) in the compute dtype. S = 1: the maximum or quantile of |x| (of x where signed is False).
-        S = 2 (asymmetric Direct): -a, b. S = 3 (DenseSparse): -a and b of a signed tensor, b of an unsigned one.
+        S tensors (B, G) in the compute dtype. S = 1: the maximum or quantile of |x| (of x where signed is False).
+        S = 2: -a and b, asymmetric Direct and signed DenseSparse. DenseSparse also: b alone where signed is False;
+        -a and b of a signed tensor and b of an unsigned one (S = 3) while signed is None.
     """
     values = grouped(x, method.granularity, channel_axis)
     if isinstance(method, DenseSparse):
         half, full = method.density / 2, method.density
-        if signed is None:
-            low, high, top = quantiles(values, (half, 1 - half, 1 - full)).unbind(-1)
-        elif signed:
-            low, high = quantiles(values, (half, 1 - half)).unbind(-1)
-            top = high
-        else:
-            top = quantiles(values, (1 - full,)).squeeze(-1)
-            low, high = torch.zeros_like(top), top
-        return torch.stack([-low, high, top], dim=1)
+        if signed is False:
+            return (quantiles(values, (1 - full,))[0],)
+        low, *rest = quantiles(values, (half, 1 - half) if signed else (half, 1 - half, 1 - full))
+        return (-low, *rest)
     if method.uses_range:
         if isinstance(method.clip, float):
-            low, high = quantiles(values, (1 - method.clip, method.clip)).unbind(-1)
+            low, high = quantiles(values, (1 - method.clip, method.clip))
         else:
             low, high = values.amin(-1), values.amax(-1)
-        if method.signed is False:
-            low = torch.zeros_like(low)
-        return torch.stack([-low, high], dim=1)
+        return (torch.zeros_like(low) if method.signed is False else -low, high)
     # signed None: |x| equals x wherever the tensor later turns out to be unsigned
     magnitude = values.clamp(min=0) if signed is False else values.abs()
     if isinstance(method.clip, float):
-        return quantiles(magnitude, (method.clip,)).squeeze(-1).unsqueeze(1)
-    return magnitude.amax(-1).unsqueeze(1)
+        return quantiles(magnitude, (method.clip,))
+    return (magnitude.amax(-1),)
+
+
+def statistic(x: Tensor, method: Method, channel_axis: int) -> Tensor:
+    """What calibration records of a batch: `extents` while the sign is not known yet, stacked.
+
+    Returns:
+        (B, S, G) in the compute dtype.
+    """
+    found = extents(x, method, method.signed, channel_axis)
+    return torch.stack(found, dim=1)

@@ -1,0 +1,228 @@
+"""Does another backend compute the same numbers? Per quantizer on identical input, and over the whole network.
+
+Per quantizer the answer is exact. Over a whole network no exporter can promise equality: convolutions sum in another
+order, and a value within rounding of a tie falls on the other side. So there the check is that every first difference
+of a sample is such a tie, and what follows from it is counted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqa_plugins.functional import affine_qparams, nonzero
+from dqa_plugins.methods import DQA, DenseSparse, NoisyQuant
+from dqa_plugins.qparams import lay_out
+from dqa_plugins.quantizer import ActivationQuantizer
+
+from .backends import compiled
+from .lean import LeanQuantizer
+from .program import as_inputs, exportable
+
+TIE = 1e-4  # steps: how near to a tie the first value to differ must lie
+
+
+@dataclass(frozen=True)
+class QuantizerParity:
+    """One quantizer fed the identical tensor: largest difference (unit of x), share of values a step off."""
+
+    site: str
+    max_difference: float
+    share_off: float
+
+
+@dataclass(frozen=True)
+class NetworkParity:
+    """The whole network on the inputs given.
+
+    Attributes:
+        max_difference: largest difference of an output value.
+        samples_touched: share of the samples in which any quantizer gave any value a step off.
+        top1_agreement: share of the samples with the same arg max, None unless the first output is (B, K > 1).
+        worst_tie: of the first values to differ in each touched sample, the largest distance to a rounding tie, in
+            steps (0 if none differ).
+        only_ties: worst_tie <= 1e-4.
+    """
+
+    max_difference: float
+    samples_touched: float
+    top1_agreement: float | None
+    worst_tie: float
+    only_ties: bool
+
+
+@dataclass(frozen=True)
+class BackendParity:
+    """What `compare_backends` found for one variant of a backend."""
+
+    backend: str
+    quantizers: list[QuantizerParity] = field(repr=False)
+    network: NetworkParity
+
+    @property
+    def max_difference(self) -> float:
+        """Largest difference of any quantizer on identical input."""
+        return max((q.max_difference for q in self.quantizers), default=0.0)
+
+    @property
+    def share_off(self) -> float:
+        """Largest share of values a step off of any quantizer on identical input."""
+        return max((q.share_off for q in self.quantizers), default=0.0)
+
+    def __str__(self) -> str:
+        n, top1 = self.network, self.network.top1_agreement
+        return (
+            f"{self.backend}: {len(self.quantizers)} quantizers on identical input: largest difference "
+            f"{self.max_difference:.1e}, values a step off {self.share_off:.2%}; network: largest difference "
+            f"{n.max_difference:.1e}, samples touched {n.samples_touched:.1%}, top-1 agreement "
+            f"{'-' if top1 is None else f'{top1:.1%}'}, first differences are "
+            f"{'all' if n.only_ties else 'NOT all'} ties (worst {n.worst_tie:.1e} steps)"
+        )
+
+
+class _Tapped(nn.Module):
+    """Returns the outputs of a model followed by the output of each quantizer call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.calls: list[tuple[LeanQuantizer, Tensor, Tensor]] = []
+        for module in model.modules():
+            if isinstance(module, LeanQuantizer):
+                module.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, LeanQuantizer):
+            self.calls.append((module, args[0], output))
+
+    def forward(self, *inputs: Tensor) -> tuple[Any, list[Tensor]]:
+        self.calls.clear()
+        output = self.model(*inputs)
+        return output, [call[2] for call in self.calls]
+
+
+class _Side(nn.Module):
+    """Several quantizers side by side: one export for all of them."""
+
+    def __init__(self, quantizers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.quantizers = nn.ModuleList(quantizers)
+
+    def forward(self, *xs: Tensor) -> list[Tensor]:
+        return [q(x) for q, x in zip(self.quantizers, xs, strict=True)]
+
+
+@torch.no_grad()
+def compare_backends(model: nn.Module, inputs: Any, backends: Sequence[str] = ("onnxruntime",)) -> list[BackendParity]:
+    """Run a converted model on other backends and compare with torch.
+
+    Args:
+        model: converted by any adapter.
+        inputs: a batch of real inputs (a tensor or a tuple of them), the more samples the better.
+        backends: names in `backends.BACKENDS`.
+
+    Returns:
+        one BackendParity per backend and variant.
+
+    Raises:
+        UncalibratedQuantizer, ExportFailed, MissingDependency, UnsupportedCombination.
+    """
+    inputs = as_inputs(inputs)
+    ready = exportable(model, inputs)
+    tapped = _Tapped(copy.deepcopy(ready))
+    expected, outputs = tapped(*inputs)
+    calls = list(tapped.calls)
+    names: list[str] = []
+    seen: dict[str, int] = {}
+    for quantizer, _, _ in calls:
+        name = quantizer.original.name or "quantizer"
+        seen[name] = seen.get(name, -1) + 1
+        names.append(f"{name} (call {seen[name] + 1})" if seen[name] else name)
+    side = _Side([LeanQuantizer(quantizer.original, quantizer.ranks) for quantizer, _, _ in calls])
+    found = []
+    for backend in backends:
+        xs = tuple(call[1].contiguous() for call in calls)
+        own = {
+            variant: [
+                QuantizerParity(name, *_parity(quantizer.original, x, y, z))
+                for name, (quantizer, x, y), z in zip(names, calls, run(*xs), strict=True)
+            ]
+            for variant, run in (compiled(backend, side, xs) if calls else ())
+        }
+        plain = {variant: run(*inputs) for variant, run in compiled(backend, ready, inputs)}
+        for variant, run in compiled(backend, tapped, inputs):
+            taps = run(*inputs)[-len(calls) :] if calls else []
+            network = _network(_outputs(expected), plain[variant], calls, outputs, taps)
+            found.append(BackendParity(variant, own.get(variant, []), network))
+    return found
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    return [tensor for part in parts for tensor in _outputs(part)]
+
+
+def step_of(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+    """Width of one step at each value of x, (B, ...); broadcasts against x, unit of x."""
+    scale, lower, upper = quantizer.runtime_qparams(x)
+    if scale is None:
+        return affine_qparams(lower, upper, quantizer.method.bits)[0]  # type: ignore[arg-type]
+    if isinstance(quantizer.method, DQA):
+        return scale * lay_out(quantizer.grid_step, x, quantizer.channel_axis, per_sample=False)
+    return scale
+
+
+def tie_distance(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+    """Distance of each value of x to where its result jumps (a rounding tie, or a threshold), in steps."""
+    step = nonzero(step_of(quantizer, x))
+    scale, lower, upper = quantizer.runtime_qparams(x)
+    method = quantizer.method
+    y = x / step
+    if isinstance(method, NoisyQuant):
+        y = y + lay_out(quantizer.noise, x, quantizer.channel_axis, per_sample=False)
+    distance = (y - y.floor() - 0.5).abs()
+    if scale is None and lower is not None and upper is not None:
+        shift = lower / step  # the zero point is rounded too: on a tie of its own it moves every value
+        distance = torch.minimum(distance, (shift - shift.floor() - 0.5).abs().expand_as(distance))
+        if isinstance(method, DenseSparse):
+            distance = torch.minimum(distance, torch.minimum((x - lower).abs(), (x - upper).abs()) / step)
+    return distance
+
+
+def _parity(quantizer: ActivationQuantizer, x: Tensor, y: Tensor, z: Tensor) -> tuple[float, float]:
+    difference = (y.double() - z.double()).abs()
+    off = difference > 0.5 * step_of(quantizer, x)
+    return float(difference.max()), float(off.double().mean())
+
+
+def _network(
+    expected: list[Tensor],
+    got: list[Tensor],
+    calls: list[tuple[LeanQuantizer, Tensor, Tensor]],
+    outputs: list[Tensor],
+    taps: list[Tensor],
+) -> NetworkParity:
+    first = expected[0]
+    touched = torch.zeros(len(first), dtype=torch.bool)
+    worst = 0.0
+    for (quantizer, x, _), y, z in zip(calls, outputs, taps, strict=True):
+        original = quantizer.original
+        difference = (y.double() - z.double()).abs()
+        off = difference > 0.5 * step_of(original, x)
+        per_sample = off.flatten(1).any(1)
+        fresh = per_sample & ~touched
+        if fresh.any():
+            worst = max(worst, float(tie_distance(original, x)[fresh][off[fresh]].max()))
+        touched |= per_sample
+    agreement = None
+    if first.ndim == 2 and first.shape[1] > 1:
+        agreement = float((first.argmax(1) == got[0].argmax(1)).double().mean())
+    largest = max(float((a.double() - b.double()).abs().max()) for a, b in zip(expected, got, strict=True))
+    return NetworkParity(largest, float(touched.double().mean()), agreement, worst, worst <= TIE)

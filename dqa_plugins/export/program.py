@@ -1,0 +1,99 @@
+"""A converted model as a torch.export program: the door to every other format."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer
+from dqa_plugins.sites import iter_quantizers
+
+from .bake import bake
+from .lean import lean
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """The example inputs as a tuple; a single tensor becomes a tuple of one."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if not isinstance(example_inputs, Sequence) or isinstance(example_inputs, str):
+        raise ExportFailed(f"example_inputs is a tensor or a tuple of them; got {type(example_inputs).__name__}.")
+    return tuple(example_inputs)
+
+
+def exportable(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A copy of a converted model that torch.export takes: weights baked, quantizers lean, eval mode.
+
+    Raises:
+        UncalibratedQuantizer: a quantizer is not frozen; the model was not converted.
+    """
+    for name, quantizer in iter_quantizers(model):
+        if quantizer.state != "frozen":
+            raise UncalibratedQuantizer(
+                f"'{name}' is in state {quantizer.state!r}: export takes converted models. Calibrate and convert the "
+                "model (or freeze the quantizer) first."
+            )
+    ready = bake(model)
+    # GraphModules made by torch.export refuse eval(); they are exported in the mode they are in
+    if ready.training and not hasattr(ready, "_exported_training"):
+        try:
+            ready.eval()
+        except NotImplementedError:
+            ready = copy.deepcopy(ready)
+    return lean(ready, as_inputs(example_inputs))
+
+
+def _dynamic_shapes(inputs: tuple[Any, ...], dynamic_batch: bool) -> tuple[Any, tuple[Any, ...]]:
+    """Dynamic shapes with one batch dimension, and inputs whose batch is not specialised (at least two samples)."""
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.ndim > 0]
+    if not dynamic_batch or not tensors:
+        return None, inputs
+    size = tensors[0].shape[0]
+    batch = torch.export.Dim("batch", min=1, max=65536)
+
+    def batched(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == size
+
+    shapes: tuple[Any, ...] = tuple({0: batch} if batched(x) else None for x in inputs)
+    if size == 1:  # torch.export takes a dimension of size 1 for a constant
+        inputs = tuple(torch.cat([x, x]) if batched(x) else x for x in inputs)
+    return shapes, inputs
+
+
+def to_exported_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> Any:
+    """Export a converted model, or a single frozen ActivationQuantizer, with torch.export.
+
+    Args:
+        model: converted by any adapter.
+        example_inputs: a tensor or a tuple of them; the first dimension of the first one is the batch.
+        dynamic_batch: every tensor with the batch of the first one gets a dynamic first dimension.
+
+    Returns:
+        torch.export.ExportedProgram; outputs equal the model's (weights baked, plain aten operations).
+
+    Raises:
+        UncalibratedQuantizer, ExportFailed.
+    """
+    inputs = as_inputs(example_inputs)
+    shapes, inputs = _dynamic_shapes(inputs, dynamic_batch)
+    ready = exportable(model, inputs)
+    parameters = inspect.signature(ready.forward).parameters.values()
+    named = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    if shapes is not None and any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        shapes = (*shapes[:named], shapes[named:])  # torch.export takes *args as one nested argument
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(ready, inputs, dynamic_shapes=shapes)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ExportFailed(
+            f"torch.export failed: {type(error).__name__}: {reason[0] if reason else ''}. If the batch size is fixed "
+            "inside the model, give dynamic_batch=False."
+        ) from error
