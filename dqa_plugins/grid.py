@@ -5,6 +5,7 @@ The pieces under `functional`; its conventions hold here too.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def along_channels(vector: Tensor, x: Tensor, channel_axis: int) -> Tensor:
 
 
 def nonzero(scale: Tensor) -> Tensor:
-    """The scale as a safe divisor: 1 where it is 0. The product with the true scale is then 0."""
-    return torch.where(scale > 0, scale, 1.0)
+    """The scale as a safe divisor: infinite where it is 0, so that every finite value gets code 0 and value 0."""
+    return torch.where(scale > 0, scale, math.inf)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,7 +103,11 @@ class StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
         if inside is not None:
             ctx.save_for_backward(inside)
-        return value.clone() if value is x else value
+        if value is x:
+            return value.clone()
+        # fresh and ours: an input returned as it is would be a view, which no in-place operation behind may touch
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
@@ -126,7 +131,7 @@ def grid_fake_quantize(
         scale: broadcasts against x, unit of x.
         low, high: smallest and largest code, integers or float tensors which broadcast against x.
         bias: added before and removed after, unit of x (NoisyQuant).
-        divisor: the scale with 1 where it is 0, if the caller has it already.
+        divisor: `nonzero(scale)`, if the caller has it already.
     """
     detached = x.detach() if wants_gradient(x) else x
     y, scale = prepare(detached, scale)

@@ -80,6 +80,7 @@ class ActivationQuantizer(StateModule):
         self.register_buffer("extra_bits", torch.empty(0, dtype=torch.int64))
         for buffer in ("grid_step", "grid_low", "grid_high"):  # derived from extra_bits
             self.register_buffer(buffer, torch.empty(0), persistent=False)
+        self.register_load_state_dict_post_hook(_derive_after_loading)
         self._state = "observe"
         self._axis: int | None = None
         self._channels: int | None = None
@@ -166,6 +167,8 @@ class ActivationQuantizer(StateModule):
                 "use objective='activation', or give an amplitude."
             )
         self._state = "qat"
+        if self.calibration.count:
+            decide(self, None)  # calibrated before: training, or an eval pass, starts from there
         return self
 
     def set_extra_bits(self, extra_bits: Tensor) -> None:
@@ -181,13 +184,13 @@ class ActivationQuantizer(StateModule):
         """
         if not isinstance(self.method, DQA):
             raise UnsupportedCombination(f"{self.label} has no important channels; use DQA to rank channels.")
+        if not isinstance(extra_bits, Tensor) or extra_bits.is_floating_point() or extra_bits.ndim != 1:
+            raise InvalidMethod(f"{self.label}: extra bits are a (C,) tensor of integers; got {extra_bits!r}.")
         if self._channels is not None and tuple(extra_bits.shape) != (self._channels,):
             raise ChannelMismatch(
                 f"{self.label} has {self._channels} channels; got extra bits of shape {tuple(extra_bits.shape)}."
             )
         bits = self.method.bits
-        if extra_bits.is_floating_point() or extra_bits.ndim != 1:
-            raise InvalidMethod(f"{self.label}: extra bits are a (C,) vector of integers.")
         if extra_bits.numel() and not 1 - bits <= int(extra_bits.min()) <= int(extra_bits.max()) <= bits:
             raise InvalidMethod(
                 f"{self.label}: extra bits from {int(extra_bits.min())} to {int(extra_bits.max())}; "
@@ -206,6 +209,7 @@ class ActivationQuantizer(StateModule):
             NonFiniteInput, UnsupportedInput, ChannelMismatch, ChannelAxisError, UncalibratedQuantizer: each names
                 the layer.
         """
+        self._check_tensor(x)
         if prediction is not None:
             raise UnsupportedCombination(f"{self.label} takes no prediction: its qparams are {self.method.qparams!r}.")
         if x.ndim == 1:
@@ -216,7 +220,8 @@ class ActivationQuantizer(StateModule):
         if self._state == "qat":
             if self.training:
                 self._observe(x)
-                decide(self, None)
+                if self.calibration.count:
+                    decide(self, None)
             else:
                 self._require_data("was run in eval mode")
         return self.fake_quantize(x)
@@ -235,8 +240,7 @@ class ActivationQuantizer(StateModule):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Quantize and dequantize x, (B, ...), with the decided parameters; in the dtype of x."""
-        if not x.is_floating_point():
-            raise UnsupportedInput(f"{self.label} quantizes floating-point tensors; got {x.dtype}.")
+        self._check_tensor(x)
         if not torch.compiler.is_compiling() and x.numel() == 0:
             return x
         self._check_channels(x)
@@ -269,9 +273,6 @@ class ActivationQuantizer(StateModule):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
-            what = f"{x.dtype}, shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise UnsupportedInput(f"{self.label} quantizes floating-point tensors with a batch axis; got {what}.")
         if x.numel() == 0:
             return
         x = x.detach()
@@ -292,6 +293,11 @@ class ActivationQuantizer(StateModule):
                     self.set_extra_bits(self.extra_bits)
         self._check_channels(x)
         self.calibration.observe(x, self._rows(x), self.method, self._axis, moving=self._state == "qat")
+
+    def _check_tensor(self, x: object) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
+            what = f"{x.dtype}, shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise UnsupportedInput(f"{self.label} quantizes floating-point tensors with a batch axis; got {what}.")
 
     def _checked_axis(self, x: Tensor) -> int:
         axis = self.channel_axis
@@ -342,20 +348,42 @@ class ActivationQuantizer(StateModule):
         }
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Inverse of `get_extra_state`.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # before any buffer is touched: a refused state changes nothing
+        if prefix + "_extra_state" in state_dict:
+            self._read_extra_state(state_dict[prefix + "_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-        Raises:
-            StateMismatch: the state belongs to another method.
-        """
-        loaded = json.loads(bytes(state.cpu().numpy()).decode())
-        method = method_from_dict(loaded["method"])
+    def _read_extra_state(self, state: Any) -> dict[str, Any]:
+        try:
+            loaded: dict[str, Any] = json.loads(bytes(state.cpu().numpy()).decode())
+            method = method_from_dict(loaded["method"])
+            for key in ("state", "axis", "channels", "signed", "ranked", "searched", "index"):
+                loaded[key]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateMismatch(
+                f"{self.label}: the extra state in the state_dict is damaged or not ours ({type(error).__name__})."
+            ) from error
         if method != self.method:
             raise StateMismatch(
                 f"{self.label}: the state_dict holds {method}, this quantizer is {self.method}. Prepare the model "
                 "with the methods it was saved with."
             )
+        return loaded
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Inverse of `get_extra_state`.
+
+        Raises:
+            StateMismatch: the state belongs to another method, or is damaged.
+        """
+        loaded = self._read_extra_state(state)
         self._state, self._axis, self._channels = loaded["state"], loaded["axis"], loaded["channels"]
         self._signed, self.ranked, self.searched = loaded["signed"], loaded["ranked"], loaded["searched"]
         self.index = loaded["index"] if self.index is None else self.index
-        self.derive_grid()
+
+
+def _derive_after_loading(quantizer: nn.Module, _: Any) -> None:
+    """The grid depends on the sign, which the calibration record knows: that one is loaded last."""
+    if isinstance(quantizer, ActivationQuantizer):
+        quantizer.derive_grid()

@@ -29,6 +29,30 @@ def default_channel_axis(producer: str) -> int:
     return -1 if producer in LAST_AXIS_PRODUCERS else 1
 
 
+# How Python spells an operation must not change its name.
+_SPELLINGS = {
+    **{f"i{op}": op for op in ("add", "mul", "sub")},
+    **{f"r{op}": op for op in ("add", "mul", "sub")},
+    "truediv": "div",
+    "itruediv": "div",
+    "rtruediv": "div",
+}
+
+# Operations that only move or select values: their output is not quantized again.
+PRESERVING = frozenset(
+    "flatten transpose permute reshape view squeeze unsqueeze getitem narrow repeat repeat_interleave contiguous "
+    "detach expand chunk split select t clone dropout max_pool1d max_pool2d max_pool3d pixel_shuffle pixel_unshuffle "
+    "Identity Flatten Unflatten Dropout MaxPool1d MaxPool2d MaxPool3d PixelShuffle PixelUnshuffle".split()
+)
+# Operations that clamp: they get a quantizer of their own, on their output.
+CLAMPING = frozenset("relu relu_ relu6 hardtanh hardtanh_ clamp clamp_ ReLU ReLU6 Hardtanh".split())
+# Behind these the channels are where they were before: look further up.
+ELEMENTWISE = frozenset(
+    "add iadd mul imul sub isub truediv relu relu_ relu6 gelu silu hardswish sigmoid tanh softmax dropout layer_norm "
+    "clamp hardtanh contiguous ReLU ReLU6 GELU SiLU Hardswish Sigmoid Tanh Softmax Dropout Identity Hardtanh".split()
+)
+
+
 class SiteNames:
     """Hands out site names in order of first execution; a name asked for twice gets a number."""
 
@@ -45,7 +69,7 @@ class SiteNames:
     def operation(self, enclosing: str, op: str) -> str:
         """Name of a functional operation: `<enclosing>.<op>.<k>`, k counting this op in this module."""
         op = op.strip("_")
-        op = {"iadd": "add", "imul": "mul", "isub": "sub"}.get(op, op)
+        op = _SPELLINGS.get(op, op)
         self._operations[enclosing, op] += 1
         index = self._operations[enclosing, op] - 1
         return f"{enclosing}.{op}.{index}" if enclosing else f"{op}.{index}"

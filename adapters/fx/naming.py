@@ -10,15 +10,9 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from dqa_plugins.sites import SiteNames, default_channel_axis
+from dqa_plugins.sites import ELEMENTWISE, SiteNames, default_channel_axis
 
 SITE = "dqa_site"  # key in Node.meta
-
-# Behind these the channels are where they were before: look further up.
-_ELEMENTWISE = frozenset(
-    "add iadd mul imul sub isub truediv relu relu_ relu6 gelu silu hardswish sigmoid tanh softmax dropout layer_norm "
-    "clamp hardtanh contiguous ReLU ReLU6 GELU SiLU Hardswish Sigmoid Tanh Softmax Dropout Identity Hardtanh".split()
-)
 
 
 def operation_name(node: Node, model: GraphModule) -> str:
@@ -93,7 +87,7 @@ def producer_axis(node: Node, model: GraphModule) -> int:
                 name = "Linear"
         if default_channel_axis(name) == -1:
             return -1
-        if name not in _ELEMENTWISE or not node.all_input_nodes:
+        if name not in ELEMENTWISE or not node.all_input_nodes:
             return 1
         node = node.all_input_nodes[0]
     return 1

@@ -24,18 +24,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from dqa_plugins.consumers import find_consumer, geometry
 from dqa_plugins.errors import InvalidMethod
 from dqa_plugins.methods import NoisyQuant
+from dqa_plugins.sites import CLAMPING, PRESERVING
 
 from .naming import operation_name, producer_axis, site_name
 from .observer import FXObserver
 
 logger = logging.getLogger(__name__)
-
-PRESERVING = frozenset(
-    "flatten transpose permute reshape view squeeze unsqueeze getitem narrow repeat repeat_interleave contiguous "
-    "detach expand chunk split select t clone dropout max_pool1d max_pool2d max_pool3d pixel_shuffle pixel_unshuffle "
-    "Identity Flatten Unflatten Dropout MaxPool1d MaxPool2d MaxPool3d PixelShuffle PixelUnshuffle".split()
-)
-CLAMPING = frozenset("relu relu_ relu6 hardtanh hardtanh_ clamp clamp_ ReLU ReLU6 Hardtanh".split())
 
 
 def observer_of(node: Any, model: GraphModule) -> FXObserver | None:
@@ -82,7 +76,15 @@ def place(model: GraphModule, mapping: Any, example_inputs: Any, *, qat: bool) -
             quantizer.start_qat()
     model.graph.lint()
     model.recompile()
-    model.delete_all_unused_submodules()
+    _drop_orphans(model)
+
+
+def _drop_orphans(model: GraphModule) -> None:
+    """Observers that no node calls any more. torch.fx's own clean-up keeps those that have a second name."""
+    called = {node.target for node in model.graph.nodes if node.op == "call_module"}
+    for name, module in list(model._modules.items()):
+        if isinstance(module, FXObserver) and name not in called:
+            delattr(model, name)
 
 
 def _remove(node: Node) -> None:
@@ -125,19 +127,22 @@ def _move_behind_clamps(model: GraphModule) -> None:
 
 
 def _override_by_site(model: GraphModule, mapping: Any) -> None:
-    """Honour set_module_name(site, ...) where the site is a module that FX fused into the one before it."""
+    """Honour set_module_name(site, ...) where FX itself does not.
+
+    FX ignores the name of a module that it fused into the one before it, and gives a clamp or a pool the observer,
+    and so the method, of its input.
+    """
     if not isinstance(mapping, QConfigMapping):
         return
-    for node, _ in observer_nodes(model):
-        producer = node.all_input_nodes[0]
-        name = site_name(producer)
-        if name not in mapping.module_name_qconfigs or producer.target == name:
+    for node, observer in observer_nodes(model):
+        name = site_name(node.all_input_nodes[0])
+        if name not in mapping.module_name_qconfigs:
             continue
         qconfig = mapping.module_name_qconfigs[name]
         wanted = None if qconfig is None else qconfig.activation()
         if wanted is None:
             _remove(node)
-        elif isinstance(wanted, FXObserver):
+        elif isinstance(wanted, FXObserver) and wanted.quantizer.method != observer.quantizer.method:
             _own(node, wanted, model)
 
 

@@ -1,0 +1,138 @@
+"""What each activation costs: bits, side information and error, site by site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UncalibratedQuantizer
+from .methods import DQA, DenseSparse
+from .quantizer import ActivationQuantizer
+from .sites import iter_quantizers
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site, measured on the inputs given.
+
+    Attributes:
+        site: its name.
+        method: of its quantizer.
+        elements: values per sample.
+        bits: per value with fixed-length codes, all side information of the tensor included: n-bit codes, m-bit shift
+            errors of the important channels, 32-bit value and position of each outlier, per-sample qparams.
+        sqnr: signal to quantization noise, decibels; inf where nothing was lost.
+        density: share of outliers (DenseSparse), else 0.
+    """
+
+    site: str
+    method: str
+    elements: int
+    bits: float
+    sqnr: float
+    density: float
+
+
+@dataclass(frozen=True)
+class ActivationReport:
+    """All sites of a model."""
+
+    sites: list[SiteReport]
+
+    @property
+    def bits_per_activation(self) -> float:
+        """Mean over all quantized values, weighted by elements."""
+        return sum(s.bits * s.elements for s in self.sites) / sum(s.elements for s in self.sites)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-compatible."""
+        return {"bits_per_activation": self.bits_per_activation, "sites": [asdict(s) for s in self.sites]}
+
+    def __str__(self) -> str:
+        width = max([len(s.site) for s in self.sites] + [4])
+        rows = [f"{'site':{width}}  method         elements   bits  SQNR dB  density"]
+        rows += [
+            f"{s.site:{width}}  {s.method:13} {s.elements:9d}  {s.bits:5.2f}  {s.sqnr:7.1f}  {s.density:7.2%}"
+            for s in self.sites
+        ]
+        return "\n".join([*rows, f"bits per activation: {self.bits_per_activation:.3f}"])
+
+
+def fixed_length_bits(quantizer: ActivationQuantizer, x: Tensor) -> float:
+    """Bits per value of x, (B, ...), with fixed-length codes and all side information of the tensor.
+
+    Args:
+        quantizer: frozen.
+        x: what it quantizes.
+    """
+    method, per_sample = quantizer.method, x[0].numel()
+    bits = float(method.bits)
+    if isinstance(method, DQA):
+        bits += float(quantizer.extra_bits.double().mean())
+    if isinstance(method, DenseSparse):
+        bits += outlier_share(quantizer, x) * (32 + math.ceil(math.log2(max(per_sample, 2))))
+    if method.qparams != "static":
+        values = sum(p.shape[0] * p[0].numel() for p in quantizer.runtime_qparams(x) if p is not None)
+        bits += 32 * values / x.numel()
+    return bits
+
+
+def outlier_share(quantizer: ActivationQuantizer, x: Tensor) -> float:
+    """Share of the values of x, (B, ...), strictly outside the thresholds of a DenseSparse quantizer."""
+    _, lower, upper = quantizer.runtime_qparams(x)
+    if lower is None or upper is None:
+        return 0.0
+    return float(((x < lower) | (x > upper)).double().mean())
+
+
+@torch.no_grad()
+def activation_report(model: nn.Module, batches: Iterable[Any]) -> ActivationReport:
+    """Run a converted model and measure what each quantized activation costs and loses.
+
+    Args:
+        model: converted by any adapter.
+        batches: of inputs, a tensor or a tuple of them each.
+
+    Raises:
+        UncalibratedQuantizer: a quantizer is not frozen.
+    """
+    names = {}
+    for name, quantizer in iter_quantizers(model):
+        if quantizer.state != "frozen":
+            raise UncalibratedQuantizer(f"'{name}' is in state {quantizer.state!r}: convert the model first.")
+        names[quantizer] = name
+    sums: dict[ActivationQuantizer, list[float]] = {quantizer: [0.0] * 5 for quantizer in names}
+
+    def note(quantizer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if not isinstance(quantizer, ActivationQuantizer) or args[0].numel() == 0:
+            return
+        x, entry = args[0], sums[quantizer]
+        entry[0] += x.numel()
+        entry[1] += len(x)
+        entry[2] += fixed_length_bits(quantizer, x) * x.numel()
+        entry[3] += float(x.double().square().sum())
+        entry[4] += float((x.double() - y.double()).square().sum())
+        if isinstance(quantizer.method, DenseSparse):
+            densities[quantizer] = densities.get(quantizer, 0.0) + outlier_share(quantizer, x) * x.numel()
+
+    densities: dict[ActivationQuantizer, float] = {}
+    hooks = [quantizer.register_forward_hook(note) for quantizer in names]
+    try:
+        for batch in batches:
+            model(*batch) if isinstance(batch, Sequence) else model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sites = []
+    for quantizer, (count, samples, bits, signal, noise) in sums.items():
+        if count:
+            sqnr = 10 * math.log10(signal / noise) if noise and signal else math.inf
+            method = type(quantizer.method).__name__
+            density = densities.get(quantizer, 0.0) / count
+            sites.append(SiteReport(names[quantizer], method, round(count / samples), bits / count, sqnr, density))
+    return ActivationReport(sites)

@@ -1,0 +1,175 @@
+"""The demo: ResNet-32 on handwritten digits, quantized by every method through plain prepare_fx / convert_fx.
+
+    python -m examples.demo                # a table in the terminal, out/demo/demo.png, out/demo/demo.json
+
+Every convolution but the first and every activation but the last is quantized, weights to 8 bits, no retraining.
+Each converted network is exported to ONNX, run in ONNX Runtime and compared with torch on all 797 test digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from dqa_plugins.adapters.fx import get_qconfig_mapping
+from torch import Tensor, nn
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from tqdm import tqdm
+
+from dqa_plugins import DQA, DenseSparse, Direct, Method, NoisyQuant
+from dqa_plugins.export import onnxruntime_session, to_onnx
+from dqa_plugins.report import activation_report
+from examples.networks import load
+from examples.networks.digits import calibration_subset, load_split
+
+BITS = (2, 3, 4)
+
+
+def variants(bits: int) -> dict[str, Method]:
+    """The settings compared at one bit width. "signed" is the DQA paper's range; the others choose at calibration."""
+    return {
+        "Direct, signed": Direct(bits=bits, signed=True),
+        "NoisyQuant, signed": NoisyQuant(bits=bits, signed=True),
+        "DQA, signed": DQA(bits=bits, signed=True),
+        "Direct": Direct(bits=bits),
+        "NoisyQuant": NoisyQuant(bits=bits),
+        "DQA": DQA(bits=bits),
+        "Dense+Sparse": DenseSparse(bits=bits),
+        "Direct, per channel": Direct(bits=bits, granularity="channel"),
+        "DQA, per channel": DQA(bits=bits, granularity="channel"),
+    }
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """(797, 10): the outputs on all images, in batches."""
+    return torch.cat([model(batch) for batch in images.split(128)])
+
+
+def quantize(model: nn.Module, method: Method, calibration: Tensor) -> nn.Module:
+    """What a user of torch.ao writes; only the QConfigMapping is ours."""
+    mapping = get_qconfig_mapping(method, skip=("first", "last"))
+    prepared = prepare_fx(model, mapping, (calibration[:2],))
+    logits(prepared, calibration)
+    return convert_fx(prepared)
+
+
+def noise_found(model: nn.Module) -> str | None:
+    """How many NoisyQuant sites found a noise that helps."""
+    sites = [m for m in model.modules() if hasattr(m, "noise") and isinstance(m.method, NoisyQuant)]
+    return f"{sum(bool(site.noise.any()) for site in sites)} of {len(sites)}" if sites else None
+
+
+def measure(name: str, bits: int, model: nn.Module, split: Any, expected: Tensor, folder: Path) -> dict[str, Any]:
+    """One row of the table."""
+    output = logits(model, split.test_images)
+    run = onnxruntime_session(to_onnx(model, (split.test_images[:2],), folder / "model.onnx"))
+    ort = torch.cat([run(batch)[0] for batch in split.test_images.split(128)])
+    top1 = output.argmax(1)
+    return {
+        "method": name,
+        "bits": bits,
+        "bits_per_activation": activation_report(model, [split.test_images[:128]]).bits_per_activation,
+        "accuracy": 100 * float((top1 == split.test_labels).double().mean()),
+        "agreement_fp32": 100 * float((top1 == expected.argmax(1)).double().mean()),
+        "ort_same_top1": 100 * float((ort.argmax(1) == top1).double().mean()),
+        "ort_median_difference": float((ort - output).abs().amax(1).median()),
+        "ort_max_difference": float((ort - output).abs().max()),
+        "sites_with_noise": noise_found(model),
+    }
+
+
+def show(rows: list[dict[str, Any]], fp32: float) -> None:
+    """The table in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"ResNet-32 on scikit-learn digits, 797 test images; FP32 accuracy {fp32:.2f}%")
+    for column in ("bits", "method", "accuracy %", "agrees with FP32 %", "bits / activation"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    table.add_column("ONNX Runtime: same top-1 %", justify="right")
+    table.add_column("logit difference, median / max", justify="right")
+    previous = None
+    for row in rows:
+        if previous not in (None, row["bits"]):
+            table.add_section()
+        previous = row["bits"]
+        table.add_row(
+            str(row["bits"]),
+            row["method"],
+            f"{row['accuracy']:.2f}",
+            f"{row['agreement_fp32']:.2f}",
+            f"{row['bits_per_activation']:.2f}",
+            f"{row['ort_same_top1']:.2f}",
+            f"{row['ort_median_difference']:.1e} / {row['ort_max_difference']:.1e}",
+        )
+    Console(width=130).print(table)
+
+
+def plot(rows: list[dict[str, Any]], fp32: float, path: Path) -> None:
+    """Accuracy against bits per activation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    markers = dict(zip(variants(4), "ovsovsDP*", strict=True))
+    for name, marker in markers.items():
+        points = [(r["bits_per_activation"], r["accuracy"]) for r in rows if r["method"] == name]
+        style = {"linestyle": ":" if "signed" in name else "-" if "channel" not in name else "--"}
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker, label=name, **style)
+    axes.axhline(fp32, color="grey", linewidth=1, label="FP32")
+    axes.set(
+        title="ResNet-32 on digits: every activation quantized, weights 8 bits",
+        xlabel="bits per activation (fixed-length codes, side information included)",
+        ylabel="test accuracy, %",
+        ylim=(0, 102),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8, ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the PNG and the JSON")
+    parser.add_argument("--bits", type=int, nargs="+", default=list(BITS))
+    parser.add_argument("--no-progress", action="store_true")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.ao.quantization, on every call
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    model, _ = load("resnet32")
+    split = load_split()
+    calibration, _ = calibration_subset(split, 256)
+    expected = logits(model, split.test_images)
+    fp32 = 100 * float((expected.argmax(1) == split.test_labels).double().mean())
+    jobs = [(bits, name, method) for bits in options.bits for name, method in variants(bits).items()]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for bits, name, method in (bar := tqdm(jobs, disable=options.no_progress, unit="network")):
+            bar.set_description(f"{bits} bits, {name}")
+            quantized = quantize(model, method, calibration)
+            rows.append(measure(name, bits, quantized, split, expected, Path(folder)))
+    show(rows, fp32)
+    plot(rows, fp32, options.out / "demo.png")
+    report = {"network": "resnet32", "fp32_accuracy": fp32, "seconds": time.perf_counter() - started, "rows": rows}
+    (options.out / "demo.json").write_text(json.dumps(report, indent=1))
+    for row in rows:
+        if row["sites_with_noise"] and row["method"] == "NoisyQuant":
+            print(f"NoisyQuant, {row['bits']} bits: a noise that lowers the error at {row['sites_with_noise']} sites.")
+    print(f"{options.out / 'demo.png'}, {options.out / 'demo.json'}; {report['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
