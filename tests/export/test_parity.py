@@ -1,0 +1,154 @@
+"""Every quantizer computes the same in ONNX Runtime, optimizations on and off; networks differ only at ties."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant
+from dqa_plugins.adapters.fx import get_qconfig_mapping
+from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.export import compare_backends, onnxruntime_session, to_exported_program, to_onnx
+from tests.nets import build, inputs
+
+METHODS = [
+    Direct(bits=4),
+    Direct(bits=3, symmetric=False, clip=0.99),
+    Direct(bits=8, granularity="channel"),
+    DQA(bits=3),
+    DQA(bits=2, granularity="channel"),
+    NoisyQuant(bits=4, amplitude=0.4),
+    DenseSparse(bits=3, density=0.05),
+    DenseSparse(bits=4, granularity="channel"),
+]
+BOTH = [m.replace(qparams=q) for m in METHODS for q in ("static", "dynamic")]
+
+
+def frozen(method: Any, relu: bool = False, shape: tuple[int, ...] = (8, 6, 5, 5)) -> tuple[Any, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * torch.linspace(0.2, 3, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    x = x.relu() if relu else x
+    quantizer = ActivationQuantizer(method, name="site")
+    quantizer(x)
+    return quantizer.freeze(), x
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("method", BOTH, ids=str)
+def test_a_single_quantizer_exports_with_its_numbers(method: Any, relu: bool, tmp_path: Path) -> None:
+    quantizer, x = frozen(method, relu)
+    expected = quantizer(x)
+    step = (expected.unique().diff()).min()
+    path = to_onnx(quantizer, x, tmp_path / "q.onnx")
+    for optimize in (True, False):
+        run = onnxruntime_session(path, optimize=optimize)
+        for batch in (x, x[:1], torch.cat([x, x])):
+            worst = float((run(batch)[0] - quantizer(batch)).abs().max())
+            assert worst <= min(1e-5, float(step) / 2 + 1e-5), f"{worst} with optimizations {optimize}"
+
+
+@pytest.mark.parametrize("method", [DQA(bits=3), DQA(bits=3, qparams="dynamic"), DenseSparse(), NoisyQuant()], ids=str)
+def test_a_converted_network_differs_only_at_ties(method: Any) -> None:
+    mapping = get_qconfig_mapping(method, skip=("first", "last"))
+    prepared = prepare_fx(build("residual"), mapping, inputs("residual"))
+    prepared(*inputs("residual", batch=32))
+    for found in compare_backends(convert_fx(prepared), inputs("residual", batch=64, seed=5)):
+        assert found.quantizers, "no quantizer was compared"
+        assert found.max_difference <= 1e-5, str(found)
+        assert found.share_off == 0, str(found)
+        assert found.network.only_ties, str(found)
+        assert found.network.top1_agreement is not None
+        assert found.network.top1_agreement > 0.9, str(found)
+
+
+def test_the_comparison_sees_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that rounds up instead of to even, and one that is off by a step, must not pass."""
+    from dqa_plugins.export import backends
+
+    def wrong(module: Any, example: Any) -> Any:
+        def run(*xs: torch.Tensor) -> list[torch.Tensor]:
+            flat = backends._flat(module(*xs))
+            return [y + 0.3 * (y == y.max()) for y in flat]
+
+        yield "wrong", run
+
+    monkeypatch.setitem(backends.BACKENDS, "wrong", wrong)
+    prepared = prepare_fx(build("residual"), get_qconfig_mapping(DQA(bits=3)), inputs("residual"))
+    prepared(*inputs("residual", batch=16))
+    (found,) = compare_backends(convert_fx(prepared), inputs("residual", batch=16, seed=5), backends=("wrong",))
+    assert found.share_off > 0
+    assert not found.network.only_ties
+    assert found.network.samples_touched > 0
+
+
+def test_the_exported_program_equals_the_model_bit_for_bit() -> None:
+    prepared = prepare_fx(build("residual"), get_qconfig_mapping(DQA(bits=3)), inputs("residual"))
+    prepared(*inputs("residual"))
+    converted = convert_fx(prepared)
+    program = to_exported_program(converted, inputs("residual"))
+    for batch in (1, 2, 7):
+        x = inputs("residual", batch=batch, seed=3)
+        with torch.no_grad():
+            assert torch.equal(program.module()(*x), converted(*x))
+
+
+def test_a_static_quantizer_is_five_operations(tmp_path: Path) -> None:
+    quantizer, x = frozen(DQA(bits=3))
+    graph = onnx.load(to_onnx(quantizer, x, tmp_path / "q.onnx")).graph
+    assert sorted(n.op_type for n in graph.node if n.op_type != "Constant") == ["Div", "Max", "Min", "Mul", "Round"]
+
+
+@pytest.mark.parametrize("opset", [18, 21, 23])
+def test_the_opset_asked_for_is_written(opset: int, tmp_path: Path) -> None:
+    quantizer, x = frozen(Direct(bits=4))
+    model = onnx.load(to_onnx(quantizer, x, tmp_path / "q.onnx", opset=opset))
+    assert {i.version for i in model.opset_import if i.domain == ""} == {opset}
+
+
+def test_a_fixed_batch_stays_fixed(tmp_path: Path) -> None:
+    quantizer, x = frozen(Direct(bits=4))
+    graph = onnx.load(to_onnx(quantizer, x, tmp_path / "q.onnx", dynamic_batch=False)).graph
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == len(x)
+
+
+def test_the_file_agrees_with_numpy_on_every_code(tmp_path: Path) -> None:
+    """ONNX Runtime against integer arithmetic: code = clamp(rint(x / delta)), no torch in between."""
+    quantizer, x = frozen(Direct(bits=3, signed=True))
+    got = onnxruntime_session(to_onnx(quantizer, x, tmp_path / "q.onnx"))(x)[0].numpy()
+    delta = np.float32(np.abs(x.numpy()).max() / np.float32(4))
+    codes = np.clip(np.rint(x.numpy() / delta).astype(np.int64), -4, 3)
+    assert np.array_equal(got, codes.astype(np.float32) * delta)
+
+
+def test_two_inputs_share_one_dynamic_batch(tmp_path: Path) -> None:
+    prepared = prepare_fx(build("two_inputs"), get_qconfig_mapping(DQA(bits=4)), inputs("two_inputs"))
+    prepared(*inputs("two_inputs"))
+    converted = convert_fx(prepared)
+    run = onnxruntime_session(to_onnx(converted, inputs("two_inputs"), tmp_path / "two.onnx"))
+    x = inputs("two_inputs", batch=9, seed=4)
+    with torch.no_grad():
+        assert run(*x)[0].shape == converted(*x).shape
+
+
+def test_what_cannot_be_exported_says_so(tmp_path: Path) -> None:
+    quantizer = ActivationQuantizer(DQA(), name="layer1.relu")
+    x = torch.randn(2, 4, 3, 3)
+    with pytest.raises(UncalibratedQuantizer, match=r"layer1\.relu"):
+        to_onnx(quantizer, x, tmp_path / "q.onnx")
+    quantizer(x)
+    quantizer.freeze()
+    with pytest.raises(ExportFailed, match="opset=12"):
+        to_onnx(quantizer, x, tmp_path / "q.onnx", opset=12)
+    with pytest.raises(ExportFailed, match="does not exist"):
+        to_onnx(quantizer, x, tmp_path / "nowhere" / "q.onnx")
+    with pytest.raises(ExportFailed, match="example_inputs"):
+        to_onnx(quantizer, "x", tmp_path / "q.onnx")
+    with pytest.raises(UnsupportedCombination, match="tensorrt"):
+        compare_backends(quantizer, x, backends=("tensorrt",))
+    assert not list(tmp_path.iterdir()), "a failed export left a file"
