@@ -4,6 +4,7 @@ from .backends import onnxruntime_session
 from .bake import bake
 from .compare import BackendParity, NetworkParity, QuantizerParity, compare_backends
 from .onnx import to_onnx
+from .openvino import to_openvino
 from .program import to_exported_program
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "onnxruntime_session",
     "to_exported_program",
     "to_onnx",
+    "to_openvino",
 ]

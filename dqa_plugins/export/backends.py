@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from dqa_plugins.errors import UnsupportedCombination, missing
 
 from .onnx import to_onnx
+from .openvino import F32, require_openvino, to_openvino
+from .program import exportable, to_exported_program
 
 Runner = Callable[..., list[Tensor]]
 
@@ -69,8 +71,37 @@ def _onnxruntime(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tupl
             )
 
 
+def _openvino(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Runner]]:
+    compiled_model = require_openvino().compile_model(to_openvino(module, inputs), "CPU", F32)
+
+    def run(*xs: Tensor) -> list[Tensor]:
+        found = compiled_model([x.detach().cpu().numpy() for x in xs])
+        return [torch.from_numpy(found[output].copy()) for output in compiled_model.outputs]
+
+    yield "openvino, f32", run
+
+
+def _torch_export(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Runner]]:
+    program = to_exported_program(module, inputs).module()
+    yield "torch.export", lambda *xs: _flat(program(*xs))
+
+
+def _torch_compile(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Runner]]:
+    torch._dynamo.reset()
+    compiled_module = torch.compile(exportable(module, inputs), fullgraph=True)
+
+    def run(*xs: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return _flat(compiled_module(*xs))
+
+    yield "torch.compile (inductor)", run
+
+
 BACKENDS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Iterator[tuple[str, Runner]]]] = {
     "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "torch.export": _torch_export,
+    "torch.compile": _torch_compile,
 }
 
 

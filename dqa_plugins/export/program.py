@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +66,20 @@ def _dynamic_shapes(inputs: tuple[Any, ...], dynamic_batch: bool) -> tuple[Any, 
     return shapes, inputs
 
 
-def to_exported_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> Any:
+def to_exported_program(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool = True,
+    finish: Callable[[nn.Module], nn.Module] | None = None,
+) -> Any:
     """Export a converted model, or a single frozen ActivationQuantizer, with torch.export.
 
     Args:
         model: converted by any adapter.
         example_inputs: a tensor or a tuple of them; the first dimension of the first one is the batch.
         dynamic_batch: every tensor with the batch of the first one gets a dynamic first dimension.
+        finish: last change to the exportable copy (the ONNX exporter's compact form).
 
     Returns:
         torch.export.ExportedProgram; outputs equal the model's (weights baked, plain aten operations).
@@ -83,6 +90,8 @@ def to_exported_program(model: nn.Module, example_inputs: Any, *, dynamic_batch:
     inputs = as_inputs(example_inputs)
     shapes, inputs = _dynamic_shapes(inputs, dynamic_batch)
     ready = exportable(model, inputs)
+    if finish is not None:
+        ready = finish(ready)
     parameters = inspect.signature(ready.forward).parameters.values()
     named = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
     if shapes is not None and any(p.kind is p.VAR_POSITIONAL for p in parameters):

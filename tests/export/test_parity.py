@@ -152,3 +152,75 @@ def test_what_cannot_be_exported_says_so(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedCombination, match="tensorrt"):
         compare_backends(quantizer, x, backends=("tensorrt",))
     assert not list(tmp_path.iterdir()), "a failed export left a file"
+
+
+STATIC = [
+    Direct(bits=4, signed=True),
+    Direct(bits=3),
+    DQA(bits=3),
+    DQA(bits=2, extra_bits=2),
+    NoisyQuant(amplitude=0.4),
+]
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+@pytest.mark.parametrize("method", [*STATIC, Direct(bits=8, granularity="channel")], ids=str)
+def test_the_compact_form_has_the_same_numbers(method: Any, opset: int, tmp_path: Path) -> None:
+    quantizer, x = frozen(method)
+    path = to_onnx(quantizer, x, tmp_path / "q.onnx", form="qdq", opset=opset)
+    graph = onnx.load(path).graph
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {n.op_type for n in graph.node}
+    assert not {"Round", "Div"} & {n.op_type for n in graph.node}
+    for optimize in (True, False):
+        assert torch.equal(onnxruntime_session(path, optimize=optimize)(x)[0], quantizer(x))
+
+
+def test_the_compact_form_writes_four_bit_codes_where_they_fit(tmp_path: Path) -> None:
+    for bits, opset, expected in ((4, 21, onnx.TensorProto.INT4), (5, 21, onnx.TensorProto.INT8)):
+        quantizer, x = frozen(Direct(bits=bits, signed=True))
+        graph = onnx.load(to_onnx(quantizer, x, tmp_path / "q.onnx", form="qdq", opset=opset)).graph
+        (node,) = [n for n in graph.node if n.op_type == "QuantizeLinear"]
+        assert [a.i for a in node.attribute if a.name == "output_dtype"] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (DenseSparse(), "outliers"),
+        (DQA(qparams="dynamic"), "dynamic"),
+        (DQA(bits=8, extra_bits=3), "11-bit"),
+        (Direct(symmetric=False), "zero point"),
+    ],
+    ids=str,
+)
+def test_what_has_no_compact_form_says_why(method: Any, reason: str, tmp_path: Path) -> None:
+    quantizer, x = frozen(method)
+    with pytest.raises(UnsupportedCombination, match=f"'site'.*{reason}.*form='float'"):
+        to_onnx(quantizer, x, tmp_path / "q.onnx", form="qdq")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["openvino", "torch.export", "torch.compile"])
+@pytest.mark.parametrize("method", [DQA(bits=3), DenseSparse(bits=3, qparams="dynamic")], ids=str)
+def test_the_other_backends_agree_too(backend: str, method: Any) -> None:
+    prepared = prepare_fx(build("tokens"), get_qconfig_mapping(method), inputs("tokens"))
+    prepared(*inputs("tokens", batch=16))
+    (found,) = compare_backends(convert_fx(prepared), inputs("tokens", batch=16, seed=5), backends=(backend,))
+    assert found.quantizers
+    assert found.max_difference <= 1e-5, str(found)
+    assert found.share_off == 0, str(found)
+    assert found.network.only_ties, str(found)
+
+
+def test_openvino_saves_float32_and_loads_with_the_same_numbers(tmp_path: Path) -> None:
+    import openvino as ov
+
+    from dqa_plugins.export.openvino import F32, to_openvino
+
+    quantizer, x = frozen(DQA(bits=3))
+    to_openvino(quantizer, x, tmp_path / "q.xml")
+    compiled = ov.compile_model(str(tmp_path / "q.xml"), "CPU", F32)
+    assert torch.equal(torch.from_numpy(compiled([x.numpy()])[0]), quantizer(x))
+    with pytest.raises(ExportFailed, match=r"\.xml"):
+        to_openvino(quantizer, x, tmp_path / "q.bin")

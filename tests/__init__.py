@@ -1,0 +1,1 @@
+"""Tests. A package, so that `python -m tests.mutations` and `from tests import reference` find it by name."""
