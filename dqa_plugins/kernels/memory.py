@@ -1,0 +1,62 @@
+"""Unaligned 64-bit access to byte arrays, which numba itself does not offer.
+
+Requirements this file meets:
+
+- The codec reads and writes eight bytes at any byte position: one machine instruction instead of eight.
+- Nothing is checked. Callers keep eight bytes of room behind the last position that they touch.
+- Little-endian machines only (x86-64, AArch64): `supported()` tells, and the torch reference codec serves the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+
+def supported() -> bool:
+    """True where the kernels' byte order is the machine's."""
+    return sys.byteorder == "little"
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    data = builder.bitcast(data, ir.IntType(8).as_pointer())
+    return builder.bitcast(builder.gep(data, [offset]), ir.IntType(64).as_pointer())
+
+
+@intrinsic
+def load64(typing_context: Any, array: Any, offset: Any) -> Any:
+    """The 64-bit little-endian word at byte `offset` of a contiguous array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.load(_address(context, builder, signature.args[0], *arguments))
+        word.align = 1
+        return word
+
+    return types.uint64(array, types.intp), generate
+
+
+@intrinsic
+def store64(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Write a 64-bit little-endian word at byte `offset` of a contiguous array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = _address(context, builder, signature.args[0], *arguments[:2])
+        builder.store(arguments[2], where).align = 1
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.uint64), generate
+
+
+@intrinsic
+def float_bits(typing_context: Any, value: Any) -> Any:
+    """The bit pattern of a float32, as int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate

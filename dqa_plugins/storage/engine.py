@@ -1,0 +1,175 @@
+"""Running the kernels: ranges of chunks in threads, and what goes in and out of them.
+
+Threads are Python threads around kernels that release the GIL, not OpenMP: torch's own pool, whose idle threads spin
+for a while after each operation, is neither used nor resized. One thread serves small tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock, local
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels import fields as f
+from .layout import Layout
+
+PARALLEL_CHUNKS = 64  # chunks (256 k values) below which one thread is used
+_EMPTY_FLOAT, _EMPTY_CODES = np.empty(0, np.float32), np.empty(0, np.int16)
+_lock, _local = Lock(), local()
+_pool: ThreadPoolExecutor | None = None
+_threads: int | None = None
+
+
+def set_threads(count: int | None) -> None:
+    """How many threads encode and decode (None: as many as torch uses at the time of the call)."""
+    global _threads
+    if count is not None and count < 1:
+        raise ValueError(f"set_threads({count}): at least one thread is needed.")
+    _threads = count
+
+
+def get_threads() -> int:
+    """Threads that a large tensor is coded with."""
+    return _threads if _threads is not None else max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
+
+
+def _run(task: Callable[[int, int, int], Any], chunks: int) -> list[Any]:
+    """task(number, first, last) over ranges that cover all chunks; the results in order."""
+    threads = get_threads()
+    if chunks < PARALLEL_CHUNKS or threads == 1:
+        return [task(0, 0, chunks)]
+    global _pool
+    with _lock:
+        if _pool is None or _pool._max_workers < threads - 1:
+            _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="dqa-storage")
+        pool = _pool
+    edges = [chunks * i // threads for i in range(threads + 1)]
+    futures = [pool.submit(task, i, edges[i], edges[i + 1]) for i in range(1, threads)]
+    return [task(0, edges[0], edges[1]), *(future.result() for future in futures)]
+
+
+def _scratch() -> dict[int, NDArray[np.uint8]]:
+    """Output buffers of the calling thread, by task number, valid until its next call: fresh memory would cost as
+    much as the encoding."""
+    buffers: dict[int, NDArray[np.uint8]] = _local.__dict__.setdefault("buffers", {})
+    return buffers
+
+
+def _tables(layout: Layout, decoder: bool) -> NDArray[np.uint64]:
+    tables = [g.table for g in layout.groups]
+    made = [None if t is None else t.decoder if decoder else t.encoder for t in tables]
+    width = max([t.size for t in made if t is not None], default=1)
+    stacked = np.zeros((len(made), width), np.uint64)
+    for row, table in zip(stacked, made, strict=True):
+        if table is not None:
+            row[: table.size] = table
+    return stacked
+
+
+class KernelPlan:
+    """A layout made ready for the kernels; kept with the codebook, one for each shape."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.channels, self.groups = layout.kernel_arrays()
+        self.encoders, self.decoders = _tables(layout, False), _tables(layout, True)
+        self.fixed_sizes = layout.fixed_sizes()
+        self.fixed_edges = np.concatenate([[0], np.cumsum(self.fixed_sizes)]).astype(np.int64)
+
+
+def encode(
+    plan: KernelPlan, values: Tensor | None, codes: Tensor | None, steps: Tensor
+) -> tuple[NDArray[np.uint16], NDArray[np.int64], list[NDArray[np.uint8]]]:
+    """Encode a tensor.
+
+    Args:
+        plan: of its layout.
+        values: float32, contiguous, any shape of B * C * I values; or None with codes given.
+        codes: int16, likewise.
+        steps: (B or 1, C) float32.
+
+    Returns:
+        lengths (chunks, 5), sizes (chunks,) and the bytes, in pieces that follow each other; the pieces are valid
+        until the next call in this thread.
+
+    Raises:
+        FloatingPointError: NaN or Inf among the values.
+    """
+    from ..kernels.encode import encode_range
+
+    layout = plan.layout
+    lengths = np.zeros((layout.total_chunks, 5), np.uint16)
+    sizes = np.zeros(layout.total_chunks, np.int64)
+    x = _EMPTY_FLOAT if values is None else values.detach().numpy().reshape(-1)
+    q = _EMPTY_CODES if codes is None else codes.numpy().reshape(-1)
+    step = np.ascontiguousarray(steps.numpy())
+
+    buffers = _scratch()
+
+    def task(number: int, first: int, last: int) -> NDArray[np.uint8]:
+        size = int(plan.fixed_edges[last] - plan.fixed_edges[first]) + f.SLACK
+        out = buffers.get(number)
+        if out is None or not size <= out.size <= 4 * size + 2**20:
+            out = buffers[number] = np.empty(size, np.uint8)
+        end = encode_range(
+            x, q, step, layout.inner, plan.channels, plan.groups, plan.encoders, first, last, out, lengths, sizes
+        )
+        if end < 0:
+            raise FloatingPointError
+        return out[:end]
+
+    return lengths, sizes, _run(task, layout.total_chunks) if layout.total_chunks else []
+
+
+def decode(
+    plan: KernelPlan,
+    source: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.uint16],
+    steps: Tensor,
+    values: Tensor | None,
+    codes: Tensor | None,
+) -> int:
+    """Decode into values (float32, dequantized with steps) or into codes (int16), whichever is given.
+
+    Args:
+        source: the payload.
+        offsets: (chunks + 1,), validated, see `frame.read_lengths`.
+        lengths: (chunks, 5).
+
+    Returns:
+        -1, or the number of a chunk whose escapes do not fit.
+    """
+    from ..kernels.decode import decode_range
+
+    layout = plan.layout
+    out = _EMPTY_FLOAT if values is None else values.numpy().reshape(-1)
+    q = _EMPTY_CODES if codes is None else codes.numpy().reshape(-1)
+    step = np.ascontiguousarray(steps.numpy())
+
+    def task(number: int, first: int, last: int) -> int:
+        return int(
+            decode_range(
+                source,
+                offsets,
+                lengths,
+                step,
+                layout.inner,
+                plan.channels,
+                plan.groups,
+                plan.decoders,
+                first,
+                last,
+                out,
+                q,
+            )
+        )
+
+    return max(_run(task, layout.total_chunks), default=-1) if layout.total_chunks else -1
