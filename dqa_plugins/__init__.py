@@ -4,12 +4,18 @@ The core: methods, the quantizer and the maths. Framework adapters live in `dqa_
 `dqa_plugins.export`; neither is imported here.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import functional
 from ._version import __version__
 from .errors import DQAError, DQAWarning
 from .methods import DQA, DenseSparse, Direct, Method, NoisyQuant, method_from_dict, method_to_dict
 from .quantizer import ActivationQuantizer
+from .ranking import RankTable, rank_channels
 from .sites import iter_quantizers
+
+if TYPE_CHECKING:
+    from .storage import allocate_bits
 
 __all__ = [
     "DQA",
@@ -20,9 +26,21 @@ __all__ = [
     "Direct",
     "Method",
     "NoisyQuant",
+    "RankTable",
     "__version__",
+    "allocate_bits",
     "functional",
     "iter_quantizers",
     "method_from_dict",
     "method_to_dict",
+    "rank_channels",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`allocate_bits` on first use: it brings numba with it, which the rest does not need."""
+    if name == "allocate_bits":
+        from .storage import allocate_bits
+
+        return allocate_bits
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,19 +6,23 @@ kept samples are complete).
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .errors import ChannelMismatch, DQAWarning, UnsupportedCombination
+from .errors import DQAWarning, UnsupportedCombination
 from .methods import DQA, NoisyQuant
 from .qparams import QParams, from_extents
 from .search import channel_errors, clip_factor, draw_noise, search_noise
 
 if TYPE_CHECKING:
     from .quantizer import ActivationQuantizer
+
+
+logger = logging.getLogger(__name__)
 
 
 def kept_qparams(quantizer: ActivationQuantizer, factor: Tensor | None) -> QParams:
@@ -122,7 +126,12 @@ def _objective_weight(quantizer: ActivationQuantizer, weight: Tensor | None) -> 
         )
     kept = quantizer.calibration.kept
     if weight.shape[1] != len(kept):
-        raise ChannelMismatch(
-            f"{quantizer.label}: the next linear layer has {weight.shape[1]} inputs, the kept values {len(kept)} rows."
+        # a Linear along another axis than the channels: its rows do not share one noise value each
+        logger.warning(
+            "%s: the next linear layer has %d inputs, the kept values %d rows: its noise is searched on the activation",
+            quantizer.label,
+            weight.shape[1],
+            len(kept),
         )
+        return None
     return weight.detach().double().to(kept.device)

@@ -85,7 +85,8 @@ def bound(values: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
 def wants_gradient(x: Tensor) -> bool:
     """True if a backward pass may reach x."""
     # while exporting there is no backward pass, and the graph must stay plain aten
-    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return x.requires_grad and torch.is_grad_enabled() and not exporting
 
 
 def straight_through(x: Tensor, x_hat: Tensor, codes: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from .quantizer import ActivationQuantizer
 
 # Behind these the channels are the last axis (the names are those of torch modules, functions and aten operators).
-LAST_AXIS_PRODUCERS = frozenset({"Linear", "LayerNorm", "Embedding", "linear", "layer_norm", "embedding", "matmul"})
+LAST_AXIS_PRODUCERS = frozenset(
+    "Linear LayerNorm Embedding linear layer_norm embedding matmul bmm baddbmm addmm "
+    "scaled_dot_product_attention".split()
+)
 
 
 def default_channel_axis(producer: str) -> int:
@@ -41,8 +44,9 @@ _SPELLINGS = {
 # Operations that only move or select values: their output is not quantized again.
 PRESERVING = frozenset(
     "flatten transpose permute reshape view squeeze unsqueeze getitem narrow repeat repeat_interleave contiguous "
-    "detach expand chunk split select t clone dropout max_pool1d max_pool2d max_pool3d pixel_shuffle pixel_unshuffle "
-    "Identity Flatten Unflatten Dropout MaxPool1d MaxPool2d MaxPool3d PixelShuffle PixelUnshuffle".split()
+    "unflatten pad detach expand chunk split select t clone dropout max_pool1d max_pool2d max_pool3d pixel_shuffle "
+    "pixel_unshuffle Identity Flatten Unflatten Dropout "
+    "MaxPool1d MaxPool2d MaxPool3d PixelShuffle PixelUnshuffle".split()
 )
 # Operations that clamp: they get a quantizer of their own, on their output.
 CLAMPING = frozenset("relu relu_ relu6 hardtanh hardtanh_ clamp clamp_ ReLU ReLU6 Hardtanh".split())
@@ -75,6 +79,11 @@ class SiteNames:
         return f"{enclosing}.{op}.{index}" if enclosing else f"{op}.{index}"
 
 
+def _plain_path(path: str) -> str:
+    """The path of an unnamed quantizer without the glue of its adapter: Brevitas holds it in a proxy."""
+    return path.removesuffix(".quantizer").removesuffix(".act_quant").removesuffix(".output_quant")
+
+
 def iter_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
     """The quantizers of a model, in order of first execution.
 
@@ -90,6 +99,6 @@ def iter_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer
     for position, (path, module) in enumerate(model.named_modules()):
         if isinstance(module, ActivationQuantizer):
             order = float("inf") if module.index is None else module.index
-            found.append(((order, position), module.name or path, module))
+            found.append(((order, position), module.name or _plain_path(path), module))
     for _, name, quantizer in sorted(found, key=lambda item: item[0]):
         yield name, quantizer

@@ -70,6 +70,15 @@ def extents(x: Tensor, method: Method, signed: bool | None, channel_axis: int) -
         S = 2: -a and b, asymmetric Direct and signed DenseSparse. DenseSparse also: b alone where signed is False;
         -a and b of a signed tensor and b of an unsigned one (S = 3) while signed is None.
     """
+    if not method.uses_range:
+        # signed None: |x| equals x wherever the tensor later turns out to be unsigned. The magnitude comes before the
+        # group axis: OpenVINO 2026.4 computes a reduction over an unsqueezed tensor's |x| wrongly, in silence
+        magnitude = x.clamp(min=0) if signed is False else x.abs()
+        if x.ndim == 2 and method.granularity == "channel":
+            # one value per channel: reducing an axis of size 1 is what OpenVINO 2026.4 (from ONNX) gets wrong
+            return (cast(magnitude, compute_dtype(x.dtype)),)
+        values = grouped(magnitude, method.granularity, channel_axis)
+        return quantiles(values, (method.clip,)) if isinstance(method.clip, float) else (values.amax(-1),)
     values = grouped(x, method.granularity, channel_axis)
     if isinstance(method, DenseSparse):
         half, full = method.density / 2, method.density
@@ -77,17 +86,11 @@ def extents(x: Tensor, method: Method, signed: bool | None, channel_axis: int) -
             return (quantiles(values, (1 - full,))[0],)
         low, *rest = quantiles(values, (half, 1 - half) if signed else (half, 1 - half, 1 - full))
         return (-low, *rest)
-    if method.uses_range:
-        if isinstance(method.clip, float):
-            low, high = quantiles(values, (1 - method.clip, method.clip))
-        else:
-            low, high = values.amin(-1), values.amax(-1)
-        return (torch.zeros_like(low) if method.signed is False else -low, high)
-    # signed None: |x| equals x wherever the tensor later turns out to be unsigned
-    magnitude = values.clamp(min=0) if signed is False else values.abs()
     if isinstance(method.clip, float):
-        return quantiles(magnitude, (method.clip,))
-    return (magnitude.amax(-1),)
+        low, high = quantiles(values, (1 - method.clip, method.clip))
+    else:
+        low, high = values.amin(-1), values.amax(-1)
+    return (torch.zeros_like(low) if method.signed is False else -low, high)
 
 
 def statistic(x: Tensor, method: Method, channel_axis: int) -> Tensor:

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dqa_plugins.adapters.fx import get_qconfig_mapping
 from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from tqdm import tqdm
 
 from dqa_plugins import DQA, DenseSparse, Direct, Method, NoisyQuant
+from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.export import onnxruntime_session, to_onnx
 from dqa_plugins.report import activation_report
 from examples.networks import load

@@ -44,8 +44,8 @@ class _WeightRange(MinMaxObserver):
     """
 
     def forward(self, x_orig: torch.Tensor) -> torch.Tensor:
-        self.reset_min_max_vals()  # type: ignore[no-untyped-call]
-        return super().forward(x_orig)  # type: ignore[no-any-return]
+        self.reset_min_max_vals()
+        return super().forward(x_orig)
 
 
 def weight_constructor(weight_bits: int | None, weight_scheme: str, channel_axis: int = 0) -> Any:

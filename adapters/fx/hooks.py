@@ -83,7 +83,7 @@ def _fuse_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         traced = GraphModule(model, copy.deepcopy(model.graph))
         fused = original(model, *args, **kwargs)
         mark_sites(fused, sites, fused_into(traced, {node.name for node in fused.graph.nodes}))
-        return fused  # type: ignore[no-any-return]
+        return fused
 
     return fuse
 
@@ -104,7 +104,7 @@ def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
                 qconfig_mapping.set_module_name(name, None)
         prepared = original(model, qconfig_mapping, is_qat, node_name_to_scope, example_inputs, *args, **kwargs)
         place(prepared, qconfig_mapping, example_inputs, qat=is_qat)
-        return prepared  # type: ignore[no-any-return]
+        return prepared
 
     return prepare
 

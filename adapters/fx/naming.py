@@ -72,22 +72,27 @@ def site_name(node: Node) -> str:
 def producer_axis(node: Node, model: GraphModule) -> int:
     """Channel axis of the tensor a node produces: last behind Linear and its like, else 1.
 
-    Elementwise operations hand on the axis of their first tensor argument.
+    Elementwise operations and observers hand the axis on: last if it is the last of any operand.
     """
-    for _ in range(10_000):
+    seen: set[Node] = set()
+    queue = [node]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
         name = operation_name(node, model)
         if node.op == "call_module":
             module: Any = model.get_submodule(str(node.target))
             if hasattr(module, "quantizer"):
-                node = node.all_input_nodes[0]
+                queue.extend(node.all_input_nodes)
                 continue
-            if hasattr(module, "_modules") and "0" in getattr(module, "_modules", {}):  # fused: LinearReLU, ConvReLU2d
+            if "0" in getattr(module, "_modules", {}):  # fused: LinearReLU, ConvReLU2d
                 name = type(module[0]).__name__
             elif name.startswith("Linear"):  # nnqat.LinearReLU and the like
                 name = "Linear"
         if default_channel_axis(name) == -1:
             return -1
-        if name not in ELEMENTWISE or not node.all_input_nodes:
-            return 1
-        node = node.all_input_nodes[0]
+        if name in ELEMENTWISE:
+            queue.extend(node.all_input_nodes)
     return 1

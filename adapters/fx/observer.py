@@ -35,7 +35,7 @@ class FXObserver(ObserverBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe, or in QAT fake-quantize, x of any shape."""
-        return x if self.paused else self.quantizer(x)  # type: ignore[no-any-return]
+        return x if self.paused else self.quantizer(x)
 
     def calculate_qparams(self, **_: Any) -> NoReturn:
         """Never called while the convert hook is in place.

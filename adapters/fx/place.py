@@ -164,7 +164,7 @@ def _separate_channels(model: GraphModule, example_inputs: Any) -> None:
             axis = producer_axis(node.all_input_nodes[0], model)
             axis = axis if method.channel_axis is None else method.channel_axis
             in_range = -len(shape) <= axis < len(shape)
-            key = (axis % len(shape) == len(shape) - 1 if axis < 0 else axis, shape[axis] if in_range else None)
+            key = ("last" if axis < 0 else axis, shape[axis] if in_range else None)
             if not seen:
                 seen[key] = observer
             elif key in seen:

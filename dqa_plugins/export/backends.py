@@ -88,7 +88,11 @@ def _torch_export(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tup
 
 def _torch_compile(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Runner]]:
     torch._dynamo.reset()
-    compiled_module = torch.compile(exportable(module, inputs), fullgraph=True)
+    target: Any = exportable(module, inputs)
+    if any(getattr(m.forward, "compile_by_export", False) for m in target.modules()):
+        # Dynamo cannot enter NNCF's function mode (nncf 3.4): compile what torch.export makes of such a model
+        target = to_exported_program(module, inputs).module()
+    compiled_module = torch.compile(target, fullgraph=True)
 
     def run(*xs: Tensor) -> list[Tensor]:
         with torch.no_grad():

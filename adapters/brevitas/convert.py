@@ -1,0 +1,102 @@
+"""What a calibrated quantizer becomes for Brevitas: an integer grid, or a typed error that says why it has none.
+
+An IntQuantTensor has one scale and one bit width: per-channel ones break its `is_valid` and `int()`, and a
+convolution with as many inputs as outputs takes them for those of its outputs, in silence (0.13.4). So DQA reports the
+grid that all its channels share, step delta / 2^m and n + m bits: every value of every channel lies on it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dqa_plugins import functional as F
+from dqa_plugins.errors import UnsupportedCombination
+from dqa_plugins.methods import DQA, DenseSparse, Direct, Method, NoisyQuant
+from dqa_plugins.quantizer import ActivationQuantizer
+
+_SMALLEST_SCALE = 1e-10  # Brevitas' own scaling_min_val: an all-zero site still gets a scale one can divide by
+
+
+class CommonGrid(NamedTuple):
+    """The metadata of an IntQuantTensor, value = (code - zero_point) * scale.
+
+    scale: () unit of x. zero_point: () in codes. bit_width: () float, as Brevitas wants it. signed: of the codes.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bit_width: Tensor
+    signed: bool
+
+
+def why_no_common_grid(method: Method) -> str | None:
+    """The reason why outputs of a method are no IntQuantTensors; None if they are."""
+    if isinstance(method, DenseSparse):
+        return "Dense+Sparse keeps outliers in float, which lie on no integer grid"
+    if isinstance(method, NoisyQuant):
+        return "NoisyQuant subtracts noise of each channel after dequantizing, which leaves no integer grid"
+    if method.qparams != "static":
+        return "dynamic scales are one per sample, and Brevitas takes an axis of a scale for the channels"
+    if method.granularity != "tensor":
+        return "scales of each channel break IntQuantTensor.is_valid and the convolution behind it"
+    return None
+
+
+def require_common_grid(method: Method, label: str) -> None:
+    """Raise unless outputs of the method are IntQuantTensors.
+
+    Raises:
+        UnsupportedCombination: with the reason and the way out.
+    """
+    reason = why_no_common_grid(method)
+    if reason is not None:
+        raise UnsupportedCombination(
+            f"{label} cannot give the QuantTensor that its layer asks for: {reason}. Give return_quant_tensor=False "
+            "(and no bias_quant that needs an input scale), or use Direct or DQA with qparams='static' and "
+            "granularity='tensor' here."
+        )
+
+
+def common_grid(quantizer: ActivationQuantizer) -> CommonGrid:
+    """The grid on which every output of a calibrated quantizer lies.
+
+    Raises:
+        UnsupportedCombination: there is none.
+    """
+    method = quantizer.method
+    require_common_grid(method, quantizer.label)
+    if isinstance(method, Direct) and not method.symmetric:
+        scale, zero_point = F.affine_qparams(quantizer.lower, quantizer.upper, method.bits)
+        return CommonGrid(_positive(scale), zero_point, torch.full_like(scale, method.bits), signed=False)
+    scale = quantizer.scale
+    bit_width = torch.full_like(scale, method.bits)
+    if isinstance(method, DQA):
+        widest = quantizer.extra_bits.max()
+        scale, bit_width = scale * F.power_of_two(-widest, scale.dtype), bit_width + widest
+    return CommonGrid(_positive(scale), torch.zeros_like(scale), bit_width, quantizer.signed)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return scale.clamp(min=_SMALLEST_SCALE)
+
+
+def start_qat(model: nn.Module) -> nn.Module:
+    """Let the quantizers of an uncalibrated model collect their statistics while it trains. Changes it in place.
+
+    Training such a model does the same at its first forward; this names every quantizer beforehand. A calibrated
+    model needs neither: it trains with the scales it has.
+
+    Raises:
+        UnsupportedCombination: a quantizer is calibrated already.
+    """
+    from .naming import site_of
+    from .proxy import PluginActProxy
+
+    for path, module in model.named_modules():
+        if isinstance(module, PluginActProxy):
+            module.quantizer.name = module.quantizer.name or site_of(path)
+            module.quantizer.start_qat()
+    return model

@@ -1,0 +1,44 @@
+"""NNCF: a config entry in the shape NNCF's JSON configs had, and the native 3.x call as an opt-in.
+
+    quantized = quantize(model, nncf_dataset, {"compression": {"algorithm": "quantization",
+        "activations": {"mode": "dqa", "bits": 4}, "weights": {"bits": 8}}})
+
+    register()   # then nncf.quantize(..., QuantizationParameters(num_bits=4, mode="dqa"))
+
+NNCF decides which tensors are quantized, `place` gives each of them one ActivationQuantizer and its site name. Nothing
+of NNCF is patched unless `register` is called (see `hooks`).
+
+Save and load with NNCF's own functions: `nncf.torch.get_config(model)` and `model.state_dict()`, then
+`nncf.torch.load_from_config(float_model, config, allowed_modules=ALLOWED_MODULES)`; or `save` and `load`, which write
+a folder with JSON and safetensors.
+"""
+
+from dqa_plugins.errors import missing
+
+try:
+    import nncf as _nncf  # noqa: F401
+except ImportError as error:
+    raise missing("nncf", "nncf", "the NNCF adapter") from error
+
+from .version import check_framework
+
+check_framework()
+
+from .config import InvalidConfig  # noqa: E402 - the check comes before anything that stands on NNCF's internals
+from .convert import quantize  # noqa: E402
+from .hooks import register, unregister  # noqa: E402
+from .observer import NNCFQuantizer  # noqa: E402
+from .saving import ALLOWED_MODULES, load, save  # noqa: E402
+from .weights import bake_weights  # noqa: E402
+
+__all__ = [
+    "ALLOWED_MODULES",
+    "InvalidConfig",
+    "NNCFQuantizer",
+    "bake_weights",
+    "load",
+    "quantize",
+    "register",
+    "save",
+    "unregister",
+]

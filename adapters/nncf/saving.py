@@ -1,0 +1,67 @@
+"""A quantized model as a folder: NNCF's config as JSON, the tensors as safetensors. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nncf.torch import get_config, load_from_config
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dqa_plugins.errors import StateMismatch
+
+from .forward import keep_eager
+
+# for nncf.torch.load_from_config(..., allowed_modules=ALLOWED_MODULES): NNCF refuses to import other modules
+ALLOWED_MODULES: Any = ("nncf.*", "dqa_plugins.adapters.nncf.*")
+
+CONFIG, TENSORS = "config.json", "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write `config.json` and `model.safetensors`; the folder is made if need be.
+
+    Args:
+        model: what `quantize` or nncf.quantize returned.
+
+    Returns:
+        the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # a quantizer that several tensors share is in the state_dict under each hook: safetensors refuses shared memory
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    config = json.dumps(get_config(model), indent=1)
+    for name, write in ((TENSORS, lambda p: save_file(state, p)), (CONFIG, lambda p: p.write_text(config))):
+        partial = folder / f"{name}.part"
+        write(partial)
+        os.replace(partial, folder / name)
+    return folder
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Turn a float model into the saved quantized one, in place.
+
+    Args:
+        model: freshly built, as it was given to `quantize`.
+        folder: what `save` wrote.
+
+    Returns:
+        the model, wrapped by NNCF, in eval mode.
+
+    Raises:
+        StateMismatch: the folder belongs to another model.
+        FileNotFoundError: a file is missing.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    state = load_file(folder / TENSORS)
+    loaded: nn.Module = load_from_config(model, config, allowed_modules=ALLOWED_MODULES)
+    try:
+        loaded.load_state_dict(state)
+    except RuntimeError as error:
+        raise StateMismatch(f"{folder} holds another model than {type(model).__name__}: {error}") from error
+    return keep_eager(loaded).eval()

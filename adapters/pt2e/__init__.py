@@ -1,0 +1,17 @@
+"""torchao PT2E: the host's own prepare_pt2e, prepare_qat_pt2e and convert_pt2e, with our methods in a Quantizer.
+
+    exported = torch.export.export(model, example_inputs)
+    prepared = prepare_pt2e(exported.module(), PluginQuantizer().set_global(DQA(bits=4)))
+    for x in calibration: prepared(x)
+    quantized = convert_pt2e(prepared)
+
+Importing this room installs its hooks into torchao (see `hooks`).
+"""
+
+from .config import PluginQuantizer
+from .hooks import install
+from .observer import PT2EObserver
+
+install()
+
+__all__ = ["PT2EObserver", "PluginQuantizer"]

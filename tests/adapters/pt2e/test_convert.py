@@ -1,0 +1,188 @@
+"""What becomes of a prepared model: copies, files, compilers, batches."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant, iter_quantizers
+from dqa_plugins.adapters.pt2e import PluginQuantizer
+from dqa_plugins.errors import NonFiniteInput, UncalibratedQuantizer
+
+from .zoo import CONVERTED, calibrate, exported, inputs, sites
+
+METHODS = {
+    "direct": Direct(bits=4),
+    "dqa_static": DQA(bits=3),
+    "dqa_dynamic": DQA.paper(bits=3),
+    "dqa_channel": DQA(bits=4, granularity="channel", clip="mse"),
+    "noisyquant": NoisyQuant(bits=4, amplitude=1.0),
+    "noisyquant_dynamic": NoisyQuant(bits=4, amplitude=1.0, qparams="dynamic"),
+    "dense_sparse": DenseSparse(bits=3),
+    "dense_sparse_dynamic": DenseSparse.paper(bits=3),
+}
+
+
+def prepared(name: str, method: Any, *, dynamic: bool = False, **kwargs: Any) -> Any:
+    """The network prepared and calibrated."""
+    model = prepare_pt2e(exported(name, dynamic=dynamic), PluginQuantizer(**kwargs).set_global(method))
+    calibrate(model, name)
+    return model
+
+
+def run(model: Any, name: str, seed: int = 5, batch: int = 3) -> torch.Tensor:
+    """Output on fresh inputs."""
+    with torch.no_grad():
+        return model(*inputs(name, seed, batch))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_copies_and_state_dicts_convert_to_the_same_model(method: Any) -> None:
+    """deepcopy before and after calibration; state_dict into a freshly prepared model."""
+    model = prepared("shared_relu", method)
+    fresh = prepare_pt2e(exported("shared_relu"), PluginQuantizer().set_global(method))
+    twin = copy.deepcopy(fresh)
+    fresh.load_state_dict(model.state_dict())
+    calibrate(twin, "shared_relu")
+    expected = run(convert_pt2e(copy.deepcopy(model)), "shared_relu")
+    for other in (fresh, twin, model):
+        converted = convert_pt2e(other)
+        assert torch.equal(run(converted, "shared_relu"), expected)
+        assert torch.equal(run(copy.deepcopy(converted), "shared_relu"), expected)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_dynamic_batch_export_and_file(method: Any) -> None:
+    """The converted model exports again, with the batch free; the file loads and computes the same at any batch."""
+    converted = convert_pt2e(prepared("shared_relu", method, dynamic=True))
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(converted, inputs("shared_relu"), dynamic_shapes=shapes)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for batch in (2, 3, 7):
+        assert torch.equal(run(loaded, "shared_relu", 5, batch), run(converted, "shared_relu", 5, batch))
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_every_network_exports_again(name: str) -> None:
+    """With quantized weights, at the batch it was made for."""
+    converted = convert_pt2e(prepared(name, DQA(bits=3)))
+    again = torch.export.export(converted, inputs(name)).module()
+    assert torch.equal(run(again, name), run(converted, name))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_compiles_in_one_graph(method: Any) -> None:
+    """torch.compile(fullgraph=True) traces without a break, and the traced graph computes the same."""
+    torch._dynamo.reset()
+    converted = convert_pt2e(prepared("shared_relu", method))
+    compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(compiled, "shared_relu"), run(converted, "shared_relu"))
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor() -> None:
+    """The default backend; convolutions may sum in another order, so float layers are compared, not codes."""
+    torch._dynamo.reset()
+    converted = convert_pt2e(prepared("shared_relu", DQA(bits=8)))
+    compiled = torch.compile(converted, fullgraph=True)
+    found, expected = run(compiled, "shared_relu"), run(converted, "shared_relu")
+    step = float(dict(iter_quantizers(converted))["relu.2"].scale)
+    assert (found - expected).abs().max() <= step * 1.001
+    assert (found != expected).double().mean() < 0.01
+
+
+def test_folding_weights_changes_nothing() -> None:
+    """fold_quantize=True holds int8 weights, False float ones behind quantize and dequantize: the same output."""
+    model = prepared("residual", DQA(bits=3))
+    folded = convert_pt2e(copy.deepcopy(model), fold_quantize=True)
+    plain = convert_pt2e(model, fold_quantize=False)
+    assert torch.equal(run(folded, "residual"), run(plain, "residual"))
+    assert any(value.dtype == torch.int8 for value in folded.state_dict().values())
+    assert not any(value.dtype == torch.int8 for value in plain.state_dict().values())
+
+
+@pytest.mark.parametrize("method", [Direct(), DQA.paper(), DenseSparse.paper()], ids=["static", "dynamic", "ranges"])
+def test_converting_without_data_raises_by_name(method: Any) -> None:
+    """Dynamic quantizers too: they need to know sign and channels."""
+    model = prepare_pt2e(exported("shared_relu"), PluginQuantizer().set_global(method))
+    with pytest.raises(UncalibratedQuantizer, match=r"'(input\.0|relu)'"):
+        convert_pt2e(model)
+
+
+def test_nan_in_calibration_data_names_the_site() -> None:
+    """NaN raises where it is first seen."""
+    model = prepare_pt2e(exported("shared_relu"), PluginQuantizer().set_global(Direct()))
+    bad = inputs("shared_relu")[0].clone()
+    bad[0, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteInput, match=r"'input\.0'"):
+        model(bad)
+
+
+def test_converted_equals_the_quantizers_run_by_hand() -> None:
+    """SharedReLU written out: fake_quantize at each site between torch's own operations, exactly."""
+    model = prepared("shared_relu", DQA(bits=3), weight_bits=None)
+    converted = convert_pt2e(model)
+    q = dict(iter_quantizers(converted))
+    weight = dict(converted.named_parameters())
+    conv = torch.nn.functional.conv2d
+    with torch.no_grad():
+        (x,) = inputs("shared_relu", 5)
+        x = q["relu"](conv(q["input.0"](x), weight["conv1.weight"], weight["conv1.bias"]).relu())
+        y = q["relu.1"](conv(x, weight["conv2.weight"], weight["conv2.bias"]).relu())
+        assert torch.equal(q["relu.2"]((x + y).relu()), run(converted, "shared_relu"))
+
+
+def test_dynamic_outputs_do_not_depend_on_the_batch() -> None:
+    """A sample alone and in a batch: the same qparams, bit for bit."""
+    converted = convert_pt2e(prepared("tokens", DQA.paper(bits=4), dynamic=True))
+    x = inputs("tokens", 5, 4)[0]
+    for _, quantizer in iter_quantizers(converted):
+        found: list[Any] = []
+        handle = quantizer.register_forward_pre_hook(lambda m, a, f=found: f.append(m.runtime_qparams(a[0])))
+        run_on(converted, x), run_on(converted, x[:2])
+        handle.remove()
+        if quantizer.name == "input.0":
+            assert torch.equal(found[0].scale[:2], found[1].scale)
+
+
+def run_on(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """Output on x."""
+    with torch.no_grad():
+        return model(x)  # type: ignore[no-any-return]
+
+
+def test_names_are_the_same_before_and_after() -> None:
+    """prepare, convert, and the states between."""
+    model = prepared("functional", Direct())
+    before = sites(model)
+    assert {quantizer.state for _, quantizer in iter_quantizers(model)} == {"observe"}
+    converted = convert_pt2e(model)
+    assert sites(converted) == before
+    assert {quantizer.state for _, quantizer in iter_quantizers(converted)} == {"frozen"}
+
+
+@pytest.mark.slow
+def test_a_file_loads_in_another_process(tmp_path: Path) -> None:
+    """Without importing dqa_plugins: the exported program holds plain operators."""
+    converted = convert_pt2e(prepared("shared_relu", DQA(bits=3)))
+    program = torch.export.export(converted, inputs("shared_relu"))
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save((inputs("shared_relu", 5), run(converted, "shared_relu")), tmp_path / "data.pt")
+    script = (
+        "import sys, torch, torch.ao.quantization.fx._decomposed\n"
+        f"x, y = torch.load({str(tmp_path / 'data.pt')!r})\n"
+        f"assert torch.equal(torch.export.load({str(tmp_path / 'model.pt2')!r}).module()(*x), y)\n"
+        "assert 'dqa_plugins' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
