@@ -1,0 +1,147 @@
+"""`rank_channels`: which channels of each layer deserve the extra bits of DQA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizer import ActivationQuantizer
+from .checkpoint import Checkpoint, identity
+from .errors import MetricError, RankingError
+from .evaluate import Batches, Metric, Scorer
+from .greedy import greedy
+from .progress import Progress
+from .quick import error_scores, random_scores, taylor_scores
+from .stage import Stage, check_rankable
+from .table import LayerRanks, RankTable
+
+STRATEGIES = ("greedy", "taylor", "error", "random")
+
+
+def rank_channels(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]] | None = None,
+    strategy: str = "greedy",
+    metric: Metric | None = None,
+    progress: bool = True,
+    seed: int = 0,
+    strict: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    exact: bool = False,
+    memory: int = 2**30,
+    rows: int | None = None,
+) -> RankTable:
+    """Rank the channels of every DQA quantizer, and give the best their extra bits.
+
+    The search runs on a copy: apart from the extra bits, which are set at the very end, nothing of `model` changes.
+    Quantizers of methods without important channels quantize as they are while later layers are searched.
+
+    Args:
+        model: prepared by any adapter (or with ActivationQuantizers placed by hand) and calibrated.
+        batches: (inputs, targets), read once and kept; inputs is a tensor, a tuple of positional inputs, or a dict of
+            keyword inputs. Not needed by "error" and "random".
+        strategy: "greedy", algorithm 3 of the DQA paper; "taylor", squared first-order change of the loss, one
+            backward pass per batch; "error", quantization error on the calibration values, what an unranked model
+            uses; "random".
+        metric: metric(outputs, targets) -> (B,) one score per sample, higher is better. None: accuracy (taylor:
+            cross-entropy; a given metric must be differentiable). Ties go to the lower cross-entropy, where outputs
+            and targets define one, then to the lower index.
+        progress: show a progress bar (needs tqdm; log messages without it).
+        seed: of "random", and of random operations in the model.
+        strict: ties go to the lower index, the first best, as in the paper.
+        checkpoint: file that greedy writes after every layer and resumes from. A finished one gives its table at once.
+        exact: greedy on graphs: False: same order and accuracies as one full forward pass per channel, while
+            cross-entropies may differ in the last digits; True: every number bit for bit, several times slower.
+        memory: bytes for cached activations and stacked passes (greedy on graphs).
+        rows: most samples in one stacked pass (greedy on graphs); None: what runs fastest.
+
+    Returns:
+        the table, already applied with each method's own ratio.
+
+    Raises:
+        UnsupportedCombination: no quantizer has important channels; or a quantizer is in the qat state.
+        UncalibratedQuantizer: a quantizer saw no data.
+        RankingError: an argument cannot be used. MetricError: the metric is not one finite score per sample.
+        CheckpointMismatch: the checkpoint belongs to another model, other data or other settings.
+    """
+    if strategy not in STRATEGIES:
+        raise RankingError(f"strategy={strategy!r}: one of {', '.join(map(repr, STRATEGIES))}.")
+    for name, value in (("memory", memory), ("rows", rows)):
+        if name == "rows" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RankingError(f"{name}={value!r}: a positive integer.")
+    if checkpoint is not None and strategy != "greedy":
+        raise RankingError(f"checkpoint is for strategy='greedy'; {strategy!r} has nothing to resume.")
+    rankable = check_rankable(model)
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)  # the CPU's only: fork_rng gives it back
+        listed = _list(batches, strategy)
+        scorer = Scorer(metric)
+        total = sum(q.num_channels or 0 for q in rankable.values())
+        if strategy == "greedy":
+            settings = {"strategy": strategy, "metric": scorer.name, "strict": strict, "seed": seed, "exact": exact}
+            store = Checkpoint(checkpoint, {} if checkpoint is None else identity(model, rankable, listed, settings))
+            done = sum(layer.channels for layer in store.done.values())
+            with Progress(total, progress, done) as bar:
+                if done < total:
+                    greedy(
+                        Stage(model), listed, scorer, store, bar, strict=strict, exact=exact, memory=memory, rows=rows
+                    )
+            layers = [store.done[name] for name in rankable]
+        else:
+            with Progress(total, progress) as bar:
+                layers = _quick(model, rankable, listed, strategy, metric, seed, bar)
+    table = RankTable(tuple(layers), strategy, scorer.name if strategy == "greedy" else "", seed, strict)
+    table.apply(model)
+    return table
+
+
+def _quick(
+    model: nn.Module,
+    rankable: dict[str, ActivationQuantizer],
+    batches: Batches,
+    strategy: str,
+    metric: Metric | None,
+    seed: int,
+    progress: Progress,
+) -> list[LayerRanks]:
+    found: dict[str, Tensor]
+    if strategy == "taylor":
+        found = taylor_scores(Stage(model), batches, metric, progress)
+    else:
+        found = {}
+        for name, quantizer in rankable.items():
+            channels = quantizer.num_channels or 0
+            found[name] = error_scores(quantizer) if strategy == "error" else random_scores(name, channels, seed)
+            progress.advance(channels)
+    layers = []
+    for name in rankable:
+        scores = found[name]
+        if not torch.isfinite(scores).all():
+            raise MetricError(f"{name!r}: the {strategy} scores are NaN or Inf; check the batches and the float model.")
+        order = scores.argsort(descending=True, stable=True).tolist()
+        layers.append(LayerRanks(name, tuple(order), tuple(scores.tolist())))
+    return layers
+
+
+def _list(batches: Any, strategy: str) -> Batches:
+    if strategy in ("error", "random"):
+        return []
+    found: Batches = []
+    if isinstance(batches, Iterable) and not isinstance(batches, Tensor):
+        for number, batch in enumerate(batches):
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise RankingError(
+                    f"batch {number} is a {type(batch).__name__}; batches are pairs (inputs, targets). For a single "
+                    "batch give [(inputs, targets)]."
+                )
+            found.append((batch[0], batch[1]))
+    if not found:
+        raise RankingError(f"strategy={strategy!r} needs batches of (inputs, targets), and got none.")
+    return found
