@@ -1,8 +1,15 @@
-"""Hypothesis profiles. The default one is deterministic; HYPOTHESIS_PROFILE=thorough looks much longer."""
+"""Hypothesis profiles, and one thread per test process.
+
+The default profile is deterministic; HYPOTHESIS_PROFILE=thorough looks much longer.
+"""
 
 from __future__ import annotations
 
 import os
+
+# two test processes with two OpenMP threads each spin against one another on two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from hypothesis import HealthCheck, Phase, settings
 
