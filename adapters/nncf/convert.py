@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination, UnsupportedInput
 from dqa_plugins.methods import Method
+from dqa_plugins.sites import iter_quantizers
 
 from .config import Entry, parse
 from .forward import keep_eager
@@ -197,11 +198,14 @@ def quantize(model: nn.Module, dataset: nncf.Dataset, config: Any) -> nn.Module:
         InvalidMethod, UnsupportedCombination: a method's field is wrong, or not possible in NNCF.
         UncalibratedQuantizer: the dataset is empty, or a site saw no data.
         NonFiniteInput: NaN or Inf in an activation.
-        UnsupportedInput: not a torch model, or not an nncf.Dataset.
+        UnsupportedInput: not a torch model, quantized already, or not an nncf.Dataset.
     """
     entry = parse(config)
     if not isinstance(model, nn.Module):
         raise UnsupportedInput(f"quantize takes a torch.nn.Module; got a {type(model).__name__}.")
+    placed = [name for name, _ in iter_quantizers(model)]
+    if placed:
+        raise UnsupportedInput(f"quantize takes a float model; this one is quantized already ({placed[0]!r}, ...).")
     if not isinstance(dataset, nncf.Dataset):
         raise UnsupportedInput(
             f"quantize takes an nncf.Dataset; got a {type(dataset).__name__}: wrap it, nncf.Dataset(...)."

@@ -4,6 +4,15 @@ NNCF's quantizer propagation decides the points. This pass turns points into sit
 same tensor in front of several of its consumers. Where NNCF wants one scale for several tensors (the inputs of a cat
 before a convolution), these share one quantizer; where the method looks at channels, only those tensors share one
 that have the same number of channels on the same axis (as in the FX adapter).
+
+Names are those of the FX adapter; where NNCF puts its points elsewhere, the set of sites differs:
+
+- the outputs of the model are float (`quantize_outputs` quantizes them), and so is a tensor that only feeds an
+  activation like GELU, which NNCF fuses with the layer before;
+- what a mean or an average pool gives to a Linear has its own quantizer; in FX it shares the one before the pool;
+- before a cat its inputs are quantized, with one scale, and not its output;
+- embeddings and parameters are float, and the first quantizer is behind their sum;
+- of attention the softmax is quantized instead of the matmul before it; of SDPA the query and the key.
 """
 
 from __future__ import annotations

@@ -170,13 +170,18 @@ def name_sites(graph: Graph) -> None:
             unit.site = names.module(unit.path)
         elif unit.how != "input":
             unit.site = names.operation(unit.path, unit.op)
-        unit.output.meta[SITE] = unit.site
-    of_node = {unit.output: unit for unit in calls}
+        _mark(unit, unit.site)
+    of_node = {node: unit for unit in calls for node in unit.nodes}
     for unit in calls:
         if unit.op.startswith("BatchNorm"):
             before = next((of_node[value] for value, _ in unit.inputs() if value in of_node), None)
             if before is not None and before.op.startswith(("Conv", "Linear")):
-                before.output.meta[SITE] = unit.site
+                _mark(before, unit.site)
+
+
+def _mark(unit: Unit, site: str) -> None:
+    for node in unit.nodes:  # torchao drops the unused ones of a tuple's parts when it folds batch norms
+        node.meta[SITE] = site
 
 
 def named_units(graph: Graph) -> list[Unit]:

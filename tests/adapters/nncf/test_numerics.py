@@ -176,6 +176,8 @@ def test_not_finite_calibration_data_names_the_site() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(UnsupportedInput, match=r"nncf\.Dataset\(\.\.\.\)"):
         quantize(build("residual"), batches("residual"), config())  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedInput, match=r"quantized already \('input\.0'"):
+        quantize(quantized("residual"), nncf.Dataset(batches("residual")), config())
     with pytest.raises(UnsupportedInput, match=r"torch\.nn\.Module; got a str"):
         quantize("model.xml", nncf.Dataset(batches("residual")), config())  # type: ignore[arg-type]
 
