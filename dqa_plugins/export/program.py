@@ -99,7 +99,16 @@ def to_exported_program(
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(ready, inputs, dynamic_shapes=shapes)
+            try:
+                return torch.export.export(ready, inputs, dynamic_shapes=shapes)
+            except torch._dynamo.exc.UserError as error:
+                if "Constraints violated" not in str(error):
+                    raise
+                # a model that torch.export made keeps the range of its own batch dimension: take it as it is
+                open_range = torch.utils._pytree.tree_map_only(
+                    torch.export.Dim, lambda _: torch.export.Dim.DYNAMIC, shapes
+                )
+                return torch.export.export(ready, inputs, dynamic_shapes=open_range)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise ExportFailed(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dqa_plugins import DQA, Direct, NoisyQuant
-from dqa_plugins.errors import ChannelMismatch, UnsupportedCombination
+from dqa_plugins.errors import UnsupportedCombination
 from dqa_plugins.search import AMPLITUDES, MEANS, channel_errors, draw_noise, noise_errors
 from tests import reference
 from tests.compare import assert_exact, assert_matches_reference, calibrated, to_numpy
@@ -163,8 +163,15 @@ def test_output_objective_without_a_layer_raises():
     q = calibrated(NoisyQuant(objective="output"), [site(1)], freeze=False)
     with pytest.raises(UnsupportedCombination, match=r"'site'.*objective='output'"):
         q.freeze()
-    with pytest.raises(ChannelMismatch, match=r"'site'.*7 inputs.*3 rows"):
-        q.freeze(torch.zeros(2, 7))
+
+
+def test_a_linear_along_another_axis_leaves_the_search_on_the_activation(caplog):
+    q = calibrated(NoisyQuant(objective="output"), [site(1)], freeze=False)
+    q.freeze(torch.zeros(2, 7))
+    assert "'site'" in caplog.text
+    assert "7 inputs, the kept values 3 rows" in caplog.text
+    plain = calibrated(NoisyQuant(), [site(1)])
+    assert torch.equal(q.noise, plain.noise)
 
 
 # ---------------------------------------------------------------- clip
