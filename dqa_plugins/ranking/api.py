@@ -15,7 +15,7 @@ from .errors import MetricError, RankingError
 from .evaluate import Batches, Metric, Scorer
 from .greedy import greedy
 from .progress import Progress
-from .quick import error_scores, random_scores, taylor_scores
+from .quick import error_scores, measured_errors, random_scores, taylor_scores
 from .stage import Stage, check_rankable
 from .table import LayerRanks, RankTable
 
@@ -44,7 +44,7 @@ def rank_channels(
     Args:
         model: prepared by any adapter (or with ActivationQuantizers placed by hand) and calibrated.
         batches: (inputs, targets), read once and kept; inputs is a tensor, a tuple of positional inputs, or a dict of
-            keyword inputs. Not needed by "error" and "random".
+            keyword inputs. Not needed by "random", nor by "error" unless quantizers are frozen.
         strategy: "greedy", algorithm 3 of the DQA paper; "taylor", squared first-order change of the loss, one
             backward pass per batch; "error", quantization error on the calibration values, what an unranked model
             uses; "random".
@@ -81,7 +81,8 @@ def rank_channels(
     rankable = check_rankable(model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)  # the CPU's only: fork_rng gives it back
-        listed = _list(batches, strategy)
+        frozen = any(q.state == "frozen" for q in rankable.values())
+        listed = _list(batches, strategy, needed=strategy in ("greedy", "taylor") or (strategy == "error" and frozen))
         scorer = Scorer(metric)
         total = sum(q.num_channels or 0 for q in rankable.values())
         if strategy == "greedy":
@@ -114,6 +115,9 @@ def _quick(
     found: dict[str, Tensor]
     if strategy == "taylor":
         found = taylor_scores(Stage(model), batches, metric, progress)
+    elif strategy == "error" and any(q.state == "frozen" for q in rankable.values()):
+        found = measured_errors(Stage(model), batches)
+        progress.advance(sum(map(len, found.values())))
     else:
         found = {}
         for name, quantizer in rankable.items():
@@ -130,8 +134,8 @@ def _quick(
     return layers
 
 
-def _list(batches: Any, strategy: str) -> Batches:
-    if strategy in ("error", "random"):
+def _list(batches: Any, strategy: str, needed: bool) -> Batches:
+    if not needed:
         return []
     found: Batches = []
     if isinstance(batches, Iterable) and not isinstance(batches, Tensor):
@@ -141,7 +145,21 @@ def _list(batches: Any, strategy: str) -> Batches:
                     f"batch {number} is a {type(batch).__name__}; batches are pairs (inputs, targets). For a single "
                     "batch give [(inputs, targets)]."
                 )
-            found.append((batch[0], batch[1]))
+            found.append((_normal(batch[0]), _normal(batch[1])))
     if not found:
-        raise RankingError(f"strategy={strategy!r} needs batches of (inputs, targets), and got none.")
+        raise RankingError(
+            f"strategy={strategy!r} needs batches of (inputs, targets) here, and got none"
+            + (" (a frozen quantizer has forgotten its calibration values)." if strategy == "error" else ".")
+        )
     return found
+
+
+def _normal(value: Any) -> Any:
+    """Inference tensors as normal ones, which a backward pass may use."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {key: _normal(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_normal(item) for item in value)
+    return value

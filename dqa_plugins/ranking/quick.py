@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..decide import decide, kept_qparams
-from ..errors import UncalibratedQuantizer, UnsupportedInput
+from ..errors import UnsupportedInput
 from ..metrics import cross_entropy, is_classification
 from ..quantizer import ActivationQuantizer
 from ..search import channel_errors
-from .errors import MetricError
+from .errors import MetricError, RankingError
 from .evaluate import Batches, Metric, forward
 from .progress import Progress
 from .stage import Seam, Stage
@@ -24,19 +24,51 @@ from .stage import Seam, Stage
 def error_scores(quantizer: ActivationQuantizer) -> Tensor:
     """Mean squared error of Direct at n bits on the kept calibration values, (C,): what an unranked quantizer uses.
 
-    Raises:
-        UncalibratedQuantizer: it is frozen, so the calibration values are gone.
+    Args:
+        quantizer: calibrated, not frozen.
     """
-    if quantizer.state == "frozen":
-        raise UncalibratedQuantizer(
-            f"{quantizer.label} is frozen and has forgotten its calibration data, which strategy='error' needs. Rank "
-            "before converting, or use another strategy."
-        )
     decided = copy.deepcopy(quantizer)
     decided.ranked = True  # nothing to choose, only the clip factor is wanted
     decide(decided, None)
     qparams = kept_qparams(decided, decided.clip_factor)
     return channel_errors(decided.method, decided.calibration.kept, qparams, decided.signed)
+
+
+def measured_errors(stage: Stage, batches: Batches) -> dict[str, Tensor]:
+    """Mean squared error of Direct at n bits on the activations of the float model for these batches.
+
+    For frozen quantizers, which have forgotten their calibration values (Brevitas and NNCF models are frozen as soon as
+    they are calibrated).
+
+    Args:
+        stage: a frozen copy; nothing in it is quantized here.
+        batches: (inputs, anything).
+
+    Returns:
+        {site name: (C,) float64}.
+    """
+    totals: dict[str, tuple[Tensor, int]] = {}
+
+    def tap_of(seam: Seam) -> Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]:
+        def tap(x: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
+            squared = seam.channels_first((x - direct(x.clone())).double().square()).flatten(2)
+            total, count = totals.get(seam.name, (torch.zeros(squared.shape[1], dtype=torch.float64), 0))
+            totals[seam.name] = (total + squared.sum((0, 2)).cpu(), count + squared.shape[0] * squared.shape[2])
+            return x
+
+        return tap
+
+    for seam in stage.seams:
+        seam.tap = tap_of(seam) if seam.rankable else None
+    try:
+        for inputs, _ in batches:
+            forward(stage.model, copy.deepcopy(inputs))
+    finally:
+        for seam in stage.seams:
+            seam.tap = None
+    for seam in stage.seams:  # a layer that these batches never reach has no error
+        totals.setdefault(seam.name, (torch.zeros(seam.quantizer.num_channels or 0, dtype=torch.float64), 1))
+    return {name: total / max(count, 1) for name, (total, count) in totals.items()}
 
 
 def random_scores(name: str, channels: int, seed: int) -> Tensor:
@@ -62,6 +94,7 @@ def taylor_scores(stage: Stage, batches: Batches, metric: Metric | None, progres
 
     Raises:
         MetricError: the metric has no gradient, or none was given and this is no classification.
+        RankingError: the model overwrites values that the backward pass needs.
     """
     totals: dict[str, Tensor] = {}
     samples = 0
@@ -75,6 +108,13 @@ def taylor_scores(stage: Stage, batches: Batches, metric: Metric | None, progres
                 loss = _loss(forward(stage.model, copy.deepcopy(inputs)), targets, metric)
                 points = [point for point, _, _ in taps.seen]
                 gradients = torch.autograd.grad(loss.sum(), points, allow_unused=True) if loss.requires_grad else ()
+        except RuntimeError as failure:
+            if "inplace operation" not in str(failure):
+                raise
+            raise RankingError(
+                "strategy='taylor' needs a backward pass, and the model overwrites a value in place that it needs "
+                f"again ({str(failure).splitlines()[0][:160]}). Use strategy='greedy'."
+            ) from failure
         finally:
             for seam in stage.seams:
                 seam.tap = None
@@ -86,9 +126,7 @@ def taylor_scores(stage: Stage, batches: Batches, metric: Metric | None, progres
         changes: dict[str, Tensor] = {}
         for (_, seam, error), gradient in zip(taps.seen, gradients, strict=True):
             found = error * 0 if gradient is None else error * gradient
-            axis = 1 if found.ndim == 1 else seam.quantizer.channel_axis
-            found = (found.unsqueeze(1) if found.ndim == 1 else found.movedim(axis, 1)).double()
-            found = found.reshape(*found.shape[:2], -1).sum(2)
+            found = seam.channels_first(found.double()).flatten(2).sum(2)
             changes[seam.name] = changes[seam.name] + found if seam.name in changes else found
         for name, change in changes.items():
             totals[name] = totals.get(name, torch.zeros(())) + change.square().sum(0).cpu()

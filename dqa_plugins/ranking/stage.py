@@ -61,8 +61,7 @@ class Seam:
         """`quantized` (B, C, ...) with the left-out channel taken from x, in place."""
         if channel is None or quantized is x:
             return quantized
-        axis = self.quantizer.channel_axis if x.ndim > 1 else None
-        into, source = (t.unsqueeze(1) if axis is None else t.movedim(axis, 1) for t in (quantized, x))
+        into, source = self.channels_first(quantized), self.channels_first(x)
         if isinstance(channel, int):
             into[:, channel] = source[:, channel]
         else:
@@ -72,9 +71,12 @@ class Seam:
 
     def changes(self, x: Tensor, quantized: Tensor) -> Tensor:
         """(B, C) bool: whether leaving the channel out changes anything in the sample."""
-        axis = self.quantizer.channel_axis if x.ndim > 1 else None
-        differs = (x != quantized).unsqueeze(1) if axis is None else (x != quantized).movedim(axis, 1)
-        return differs.reshape(*differs.shape[:2], -1).any(2)
+        return self.channels_first(x != quantized).flatten(2).any(2)
+
+    def channels_first(self, x: Tensor) -> Tensor:
+        """A view of x, (B, ...), with its channels on axis 1 and at least one position: (B, C, L, ...)."""
+        x = x.unsqueeze(1) if x.ndim == 1 else x.movedim(self.quantizer.channel_axis, 1)
+        return x.unsqueeze(2) if x.ndim == 2 else x
 
 
 class Stage:
@@ -146,23 +148,29 @@ def check_rankable(model: nn.Module) -> dict[str, ActivationQuantizer]:
         if name in names:
             raise RankingError(f"two quantizers are called {name!r}; a rank table needs a name of its own for each.")
         names.add(name)
+        label = _label(name, quantizer)
         if not quantizer.calibrated:
             raise UncalibratedQuantizer(
-                f"{quantizer.label} was ranked without having seen data. Run the prepared model on calibration "
+                f"{label} was ranked without having seen data. Run the prepared model on calibration "
                 "batches first, or leave the layer out of quantization."
             )
         if quantizer.state == "qat":
             raise UnsupportedCombination(
-                f"{quantizer.label} is in the qat state, whose qparams still move. Rank the channels before training "
+                f"{label} is in the qat state, whose qparams still move. Rank the channels before training "
                 "(prepare without QAT, rank, and apply the table to the QAT model)."
             )
     rankable = {name: q for name, q in quantizers if isinstance(q.method, DQA)}
     if not rankable:
         raise UnsupportedCombination(
-            f"{quantizers[0][1].label}: this method has no important channels, nor has any other in the model; use DQA "
-            "to rank channels."
+            f"{_label(*quantizers[0])} has no important channels, nor has any other quantizer of the model; use DQA to "
+            "rank channels."
         )
     return rankable
+
+
+def _label(name: str, quantizer: ActivationQuantizer) -> str:
+    """As `ActivationQuantizer.label`, with the site's name also where the quantizer was placed by hand."""
+    return f"{name!r} ({type(quantizer.method).__name__}, {quantizer.method.bits} bits)"
 
 
 def _consumer_weight(quantizer: ActivationQuantizer, model: nn.Module) -> Tensor | None:
