@@ -43,8 +43,11 @@ def trained(name: str, quantizer: PluginQuantizer, steps: int = 3) -> Any:
     return prepared
 
 
-@pytest.mark.parametrize("weight_bits", [4, None])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(
+    ("method", "weight_bits"),
+    [*((method, 4) for method in METHODS.values()), (METHODS["dqa"], None)],
+    ids=[*METHODS, "activations_only"],
+)
 def test_converted_equals_prepared_in_eval_mode(method: Any, weight_bits: int | None) -> None:
     """Exactly, whatever the method; and training moved every weight."""
     quantizer = PluginQuantizer(weight_bits=weight_bits).set_global(method)
