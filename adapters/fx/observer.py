@@ -54,3 +54,11 @@ class FXObserver(ObserverBase):
         from .convert import convert_site
 
         convert_site(self, model, node)
+
+    @staticmethod
+    def convert_host(model: GraphModule) -> GraphModule:
+        """Convert the whole model, as its user would (`storage.convert_stored` does)."""
+        from torch.ao.quantization.quantize_fx import convert_fx
+
+        converted: GraphModule = convert_fx(model)
+        return converted

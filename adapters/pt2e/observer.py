@@ -79,6 +79,14 @@ class PT2EObserver(FakeQuantizeBase):
 
         convert_site(self, model, node)
 
+    @staticmethod
+    def convert_host(model: GraphModule) -> GraphModule:
+        """Convert the whole model, as its user would (`storage.convert_stored` does)."""
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        converted: GraphModule = convert_pt2e(model)
+        return converted
+
 
 class PT2EWeight(FakeQuantize):
     """A weight's observer; in QAT (see `hooks`) also its fake quantizer.

@@ -24,7 +24,7 @@ from ..quantizer import ActivationQuantizer
 from .codebook import build_codebook
 from .histograms import entropy_bits
 from .layout import Layout
-from .pipeline import StoredSite
+from .places import StoredSite
 from .strips import Strips, strip_qparams, whole_codes
 
 _ROUNDS = 4  # corrections of the order-0 estimate by the tables that are really made
@@ -154,6 +154,19 @@ def _sensitivities(model: nn.Module, sites: list[StoredSite], batches: Iterable[
     return powers
 
 
+def _sensitivities_of_a_twin(
+    prepared: GraphModule, sites: list[StoredSite], batches: Iterable[Any]
+) -> dict[StoredSite, Tensor]:
+    """`_sensitivities` without a trace in the model: not in statistics, which observers of an adapter would move."""
+    twin = copy.deepcopy(prepared)
+    for module in twin.modules():  # not eval(), which exported models refuse
+        module.training = False
+    own = dict(zip(_sites(twin), sites, strict=True))
+    for site in own:
+        site.paused = True
+    return {own[site]: value for site, value in _sensitivities(twin, list(own), batches).items()}
+
+
 def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: float = 1.5) -> dict[str, Tensor]:
     """Give every channel its own extra bits, so that stored bits under joint coding meet a target. In place.
 
@@ -174,16 +187,7 @@ def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: fl
     if not isinstance(target_bits, int | float) or not 0.25 <= target_bits <= 16:
         raise InvalidMethod(f"target_bits={target_bits!r}: a number of bits per activation from 0.25 to 16.")
     sites = _sites(prepared)
-    training = prepared.training
-    prepared.eval()
-    for site in sites:
-        site.paused = True
-    try:
-        sensitivity = _sensitivities(prepared, sites, batches)
-    finally:
-        for site in sites:
-            site.paused = False
-        prepared.train(training)
+    sensitivity = _sensitivities_of_a_twin(prepared, sites, batches)
     candidates = [_Candidate(site, sensitivity[site]) for site in sites]
     weights = np.array([c.elements for c in candidates], np.float64)
     weights /= weights.sum()

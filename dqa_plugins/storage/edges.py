@@ -6,6 +6,7 @@ because the caller holds them anyway.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,10 @@ from .errors import TraceFailed
 
 SITE = "dqa_site"  # key in Node.meta where the adapters keep a node's site name
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)
-_COMPUTE = ("conv", "linear", "matmul", "bmm", "addmm", "mm", "einsum", "attention", "baddbmm", "embedding")
+_COMPUTE = re.compile(
+    r"(^|_)(conv|linear|bilinear|matmul|bmm|addmm|mm|einsum|baddbmm|embedding)|attention|convolution", re.IGNORECASE
+)
+_NOT_COMPUTE = re.compile(r"upsample|interpolate|convert", re.IGNORECASE)
 _VIEWS = frozenset(
     "view reshape flatten transpose permute getitem squeeze unsqueeze detach narrow select slice expand t contiguous "
     "chunk split unbind movedim Identity Flatten Unflatten".split()
@@ -61,15 +65,13 @@ class _QuantizerTracer(Tracer):
 
 
 def trace(model: nn.Module) -> GraphModule:
-    """The model as a graph of its own; the weights are shared.
+    """The model as a graph: itself if it is one already, else one that shares its weights.
 
     Raises:
         TraceFailed: torch.fx cannot trace it.
     """
     if isinstance(model, GraphModule):
-        graph = torch.fx.Graph(tracer_cls=_QuantizerTracer)
-        graph.output(graph.graph_copy(model.graph, {}))
-        return GraphModule(model, graph)
+        return model
     try:
         return GraphModule(model, _QuantizerTracer().trace(model), type(model).__name__)
     except Exception as error:
@@ -91,10 +93,19 @@ def operation_name(node: Node, model: GraphModule) -> str:
 
 def computes(node: Node, model: GraphModule) -> bool:
     """Whether a node is a layer that takes time and memory: convolution, linear, attention, matmul."""
-    if node.op == "call_module":
-        return isinstance(model.get_submodule(str(node.target)), _LAYERS)
-    name = operation_name(node, model).lower()
-    return any(part in name for part in _COMPUTE)
+    if node.op == "call_module":  # fused layers hold theirs inside
+        return any(isinstance(m, _LAYERS) for m in model.get_submodule(str(node.target)).modules())
+    name = operation_name(node, model)
+    return _COMPUTE.search(name) is not None and _NOT_COMPUTE.search(name) is None
+
+
+def quantizer_of(node: Node, model: GraphModule) -> ActivationQuantizer | None:
+    """The quantizer that a node calls: bare, or inside an adapter's observer."""
+    if node.op != "call_module":
+        return None
+    module = model.get_submodule(str(node.target))
+    found = module if isinstance(module, ActivationQuantizer) else getattr(module, "quantizer", None)
+    return found if isinstance(found, ActivationQuantizer) else None
 
 
 def producer_axis(node: Node, model: GraphModule) -> int:
@@ -118,7 +129,7 @@ def site_names(model: GraphModule) -> dict[Node, str]:
         enclosing = next(reversed(stack.values()))[0] if stack else ""
         if node.op == "call_module":
             own = names.module(str(node.target))
-            if hasattr(model.get_submodule(str(node.target)), "quantizer") and node.all_input_nodes:
+            if quantizer_of(node, model) is not None and node.all_input_nodes:
                 own = found.get(node.all_input_nodes[0], own)
         elif node.op in ("call_function", "call_method"):
             own = names.operation(enclosing, operation_name(node, model))
@@ -170,11 +181,30 @@ def follow_in_place(model: GraphModule) -> None:
                     user.replace_input_with(changed, node)
 
 
+def _passes_on(node: Node, model: GraphModule) -> bool:
+    """Whether a node's value is that of its input: a view, or its quantized form."""
+    if not node.all_input_nodes:
+        return False
+    return operation_name(node, model) in _VIEWS or quantizer_of(node, model) is not None
+
+
 def _root(node: Node, model: GraphModule) -> Node:
-    """The node whose memory this one's value lies in."""
-    while operation_name(node, model) in _VIEWS and node.all_input_nodes:
+    """The node that made this one's value."""
+    while _passes_on(node, model):
         node = node.all_input_nodes[0]
     return node
+
+
+def _first_read(root: Node, model: GraphModule, order: dict[Node, int]) -> int:
+    """Where the value of a node is first read, by something that does more than to pass it on."""
+    reads, queue = [len(order)], [root]
+    while queue:
+        for user in queue.pop().users:
+            if _passes_on(user, model):
+                queue.append(user)
+            else:
+                reads.append(order[user])
+    return min(reads)
 
 
 def _siblings(node: Node, reader: Node, model: GraphModule, order: dict[Node, int]) -> int:
@@ -206,11 +236,15 @@ def late_readers(model: GraphModule, min_lifetime: int) -> dict[Node, list[tuple
     for node in nodes:
         done.append(done[-1] + computes(node, model))
     found: dict[Node, list[tuple[Node, int]]] = {}
+    constant: set[Node] = set()  # made from parameters alone: a dequantized weight
     for node in nodes:
+        if node.op != "placeholder" and all(source in constant for source in node.all_input_nodes):
+            constant.add(node)
+            continue
         root = _root(node, model)
         if node.op in ("placeholder", "get_attr", "output") or root.op in ("placeholder", "get_attr"):
             continue
-        first = min((order[user] for user in (*node.users, *root.users) if user is not node), default=0)
+        first = _first_read(root, model, order)
         late = []
         for user in sorted(node.users, key=order.__getitem__):
             waited = done[order[user]] - done[order[node] + 1]

@@ -157,7 +157,12 @@ def _stale(book: Codebook, quantizer: ActivationQuantizer) -> bool:
 
 @torch.no_grad()
 def pack(
-    x: Tensor, quantizer: ActivationQuantizer, coding: str = "auto", codebook: Codebook | None = None
+    x: Tensor,
+    quantizer: ActivationQuantizer,
+    coding: str = "auto",
+    codebook: Codebook | None = None,
+    *,
+    source: Tensor | None = None,
 ) -> PackedActivation:
     """Quantize x and pack its codes.
 
@@ -167,6 +172,7 @@ def pack(
         coding: "none": fixed width; "shift_error": the DQA paper's, shift errors entropy coded; "joint": whole codes
             entropy coded; "auto": the smallest.
         codebook: entropy tables; None: those of this quantizer and coding, made from the first tensor packed.
+        source: dynamic parameters are taken from this tensor, of which x is a subsample; None: from x.
 
     Returns:
         a packed activation; `.unpack()` gives what the quantizer would have returned.
@@ -194,7 +200,7 @@ def pack(
     if x.numel() == 0:
         return PackedActivation(shape, dtype, book, torch.empty(0, dtype=torch.uint8, device=x.device))
     rows = codec.rows(x, axis)
-    parameters = _parameters(x, quantizer, book)
+    parameters = _parameters(x if source is None else source, quantizer, book)
     if book.kind == "dense_sparse":
         return _pack_sparse(rows, shape, dtype, book, parameters, quantizer)
     section, fixed = _encode(rows, book, parameters, quantizer)

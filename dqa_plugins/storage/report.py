@@ -16,7 +16,7 @@ from ..errors import ChannelMismatch
 from ..quantizer import ActivationQuantizer
 from .errors import NothingToStore
 from .packed import PackedActivation
-from .pipeline import Pack
+from .places import Pack
 
 
 @dataclass(frozen=True)

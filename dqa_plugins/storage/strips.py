@@ -50,11 +50,18 @@ def rows_of(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
 
 
 @torch.no_grad()
-def take_strips(x: Tensor, quantizer: ActivationQuantizer, samples: int = STRIP_SAMPLES) -> Strips:
-    """Strips of the first `samples` samples of x, (B, ...)."""
+def take_strips(
+    x: Tensor, quantizer: ActivationQuantizer, samples: int = STRIP_SAMPLES, source: Tensor | None = None
+) -> Strips:
+    """Strips of the first `samples` samples of x, (B, ...).
+
+    Args:
+        source: what dynamic parameters are taken from; None: x.
+    """
     x = x.detach()[:samples]
+    source = x if source is None else source.detach()[:samples]
     if x.ndim == 1:
-        x = x.unsqueeze(1)
+        x, source = x.unsqueeze(1), source.unsqueeze(1)
     rows = rows_of(x, quantizer)
     channels, inner = rows.shape[1:]
     runs = -(-inner // RUN)
@@ -63,7 +70,7 @@ def take_strips(x: Tensor, quantizer: ActivationQuantizer, samples: int = STRIP_
         starts = torch.arange(wanted) * (inner // RUN) // wanted * RUN
         rows = rows[..., (starts[:, None] + torch.arange(RUN)).ravel().to(rows.device)]
     values = rows.to(F.compute_dtype(x.dtype)).cpu().clone()
-    found = extents(x, quantizer.method, quantizer.method.signed, quantizer.channel_axis)
+    found = extents(source, quantizer.method, quantizer.method.signed, quantizer.channel_axis)
     return Strips(values, tuple(e.cpu() for e in found))
 
 

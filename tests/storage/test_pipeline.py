@@ -23,7 +23,7 @@ from dqa_plugins.storage import (
     storage_report,
     stored_edges,
 )
-from dqa_plugins.storage.pipeline import Pack, StoredSite, Unpack
+from dqa_plugins.storage.places import Pack, StoredSite, Unpack
 
 
 class Block(nn.Module):
@@ -128,6 +128,38 @@ def test_projections_of_one_tensor_are_no_long_life() -> None:
 
     prepared = prepare_stored(Attention().eval(), DQA(), torch.randn(2, 5, 8))
     assert [e.name for e in stored_edges(prepared)] == ["mul.0"]
+
+
+def test_a_value_that_nobody_reads_early_is_not_stored() -> None:
+    """Reshaping is no reading: `v` waits for its only reader, and there is no early one whose float it could share."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.q, self.o = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = self.v(x).view(2, 8, 5)
+            return self.o(self.q(x)) @ v
+
+    with pytest.raises(NothingToStore):
+        prepare_stored(Late().eval(), DQA(), torch.randn(2, 5, 8))
+
+
+def test_a_crop_is_stored_cropped() -> None:
+    class Cropped(Skip):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.down(x))
+            y = F.relu(self.inner(F.max_pool2d(x, 2)))
+            return self.up(torch.cat([x[:, :, 4:12, 4:12], y], 1))
+
+    model, x = Cropped().eval(), torch.rand(2, 1, 16, 16)
+    prepared = prepare_stored(model, DQA(), x)
+    assert [e.shape for e in stored_edges(prepared)] == [(2, 16, 8, 8)]
+    with torch.no_grad():
+        assert torch.equal(prepared(x), model(x))
+        stored = convert_stored(prepared)
+        assert torch.equal(stored(x), fake_quantized(prepared)(x))
 
 
 def test_preparing_changes_neither_the_model_nor_its_output() -> None:
