@@ -13,12 +13,14 @@ from .methods import DQA, DenseSparse, Direct, Method, NoisyQuant, method_from_d
 from .quantizer import ActivationQuantizer
 from .ranking import RankTable, rank_channels
 from .sites import iter_quantizers
+from .sources import QPP
 
 if TYPE_CHECKING:
     from .storage import allocate_bits
 
 __all__ = [
     "DQA",
+    "QPP",
     "ActivationQuantizer",
     "DQAError",
     "DQAWarning",

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def kept_qparams(quantizer: ActivationQuantizer, factor: Tensor | None) -> QParams:
-    """The qparams each kept value would be quantized with: those of its sample if dynamic, else the static ones.
+    """The qparams each kept value would be quantized with: those of its sample if dynamic or predicted, else the static.
 
     Args:
         quantizer: calibrated, not frozen.
@@ -37,7 +37,7 @@ def kept_qparams(quantizer: ActivationQuantizer, factor: Tensor | None) -> QPara
     """
     method, record, signed = quantizer.method, quantizer.calibration, quantizer.signed
     taps = _taps(quantizer)
-    if method.qparams == "dynamic":
+    if method.qparams != "static":  # predictions stand close to the sample's own
         found = from_extents(method, record.kept_statistic.unbind(1), signed, factor)
         return found.map(lambda p: p[record.kept_sample].T.repeat_interleave(taps if p.shape[1] > 1 else 1, 0))
     found = from_extents(method, record.reduced(method).unbind(0), signed, factor)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import InvalidMethod, NotAMethod
+from .sources import QPP, check_source
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -50,7 +51,8 @@ class Method:
         signed: codes are two's complement (True) or unsigned (False); None: unsigned where calibration saw no
             negative value.
         granularity: "tensor", one scale per tensor (per sample if dynamic); "channel", one per channel.
-        qparams: "static", reduced over calibration; "dynamic", from each sample's own tensor.
+        qparams: "static", reduced over calibration; "dynamic", from each sample's own tensor; QPP(...), predicted for
+            each sample.
         clip: the statistic behind the scale: "max", a quantile in (0, 1), or "mse" (the multiple of the maximum
             with the least squared error on the kept calibration samples).
         channel_axis: axis of the channels; None: the last axis behind Linear, LayerNorm, Embedding or matmul,
@@ -67,7 +69,7 @@ class Method:
     bits: int = 4
     signed: bool | None = None
     granularity: str = "tensor"
-    qparams: str = "static"
+    qparams: str | QPP = "static"
     clip: str | float = "max"
     channel_axis: int | None = None
     reduce: str | None = None
@@ -86,7 +88,9 @@ class Method:
         )
         _choice(self, "signed", (None, True, False))
         _choice(self, "granularity", ("tensor", "channel"))
-        _choice(self, "qparams", ("static", "dynamic"))
+        if isinstance(self.qparams, dict):  # as JSON has it
+            object.__setattr__(self, "qparams", _predicted(type(self).__name__, self.qparams))
+        check_source(self.qparams, type(self).__name__)
         _choice(self, "reduce", (None, "max", "mean"))
         _choice(self, "scope", ("sample", "batch"))
         if isinstance(self.clip, str):
@@ -105,6 +109,18 @@ class Method:
                 f"{type(self).__name__}(scope='batch') is the paper's maximum over the batch: it needs "
                 f"qparams='dynamic' and clip='max', not qparams={self.qparams!r}, clip={self.clip!r}."
             )
+
+    @property
+    def source(self) -> str:
+        """The kind of qparams source: "static", "dynamic" or "predicted"."""
+        return self.qparams if isinstance(self.qparams, str) else "predicted"
+
+    @property
+    def prediction(self) -> QPP:
+        """The QPP of a method whose source is "predicted"."""
+        if not isinstance(self.qparams, QPP):
+            raise TypeError(f"{type(self).__name__}: its qparams are {self.qparams!r}")
+        return self.qparams
 
     @property
     def reduction(self) -> str:
@@ -273,6 +289,14 @@ class DenseSparse(Method):
         return cls(**{"bits": bits, "density": 0.01, "qparams": "dynamic", **fields})
 
 
+def _predicted(method: str, fields: dict[str, Any]) -> QPP:
+    known = {f.name for f in dataclasses.fields(QPP)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise InvalidMethod(f"{method}: qparams has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+    return QPP(**fields)
+
+
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Direct, DQA, NoisyQuant, DenseSparse)}
 
 
@@ -294,7 +318,10 @@ def check_method(method: Any, where: str = "") -> Method:
 
 def method_to_dict(method: Method) -> dict[str, Any]:
     """The method as JSON-compatible values; `method_from_dict` is the inverse."""
-    return {"method": method.name, **dataclasses.asdict(check_method(method))}
+    fields = {f.name: getattr(check_method(method), f.name) for f in dataclasses.fields(method)}
+    if isinstance(method.qparams, QPP):
+        fields["qparams"] = method.qparams.to_dict()
+    return {"method": method.name, **fields}
 
 
 def method_from_dict(fields: dict[str, Any]) -> Method:

@@ -1,7 +1,7 @@
 """From statistics to quantization parameters: scale, or the thresholds a and b.
 
 A qparams source answers one question: which statistic does this sample use?
-"static": the one reduced over calibration; "dynamic": its own. (Predicted ones come from the input of the network.)
+"static": the one reduced over calibration; "dynamic": its own; QPP: one predicted from the network's input.
 From there on all sources share the functions below.
 """
 
@@ -56,6 +56,20 @@ def from_extents(method: Method, extents: Sequence[Tensor], signed: bool, factor
     if method.uses_range:
         return QParams(None, -extents[0], extents[1])
     return QParams(extents[0] / scale_divisor(method, signed))
+
+
+def valid(found: QParams) -> QParams:
+    """Predicted parameters with which one can quantize: a scale above zero, b above a.
+
+    Args:
+        found: of shape (..., G).
+    """
+    if found.scale is not None:
+        return QParams(found.scale.clamp(min=1e-30))
+    lower, upper = found.lower, found.upper
+    if lower is None or upper is None:
+        raise TypeError("two thresholds are needed")
+    return QParams(None, lower, torch.maximum(upper, lower + lower.abs() * 1e-6 + 1e-30))
 
 
 def lay_out(parameter: Tensor, x: Tensor, channel_axis: int, *, per_sample: bool) -> Tensor:

@@ -31,9 +31,13 @@ from .errors import (
     UnsupportedCombination,
     UnsupportedInput,
 )
+from .grid import compute_dtype
 from .methods import DQA, DenseSparse, Method, NoisyQuant, check_method, method_from_dict, method_to_dict
-from .qparams import QParams, from_extents, lay_out
-from .statistics import extents, grouped
+from .qparams import QParams, from_extents, lay_out, valid
+from .qpp.bus import Bus
+from .qpp.fit import fit
+from .qpp.predictor import Predictor
+from .statistics import extents, grouped, statistic
 
 _first_executions = itertools.count()
 
@@ -91,6 +95,8 @@ class ActivationQuantizer(StateModule):
         # () for Linear, (kernel, dilation, stride) for Conv2d; None: unknown.
         self.consumer_geometry: tuple[Any, ...] | None = None
         self.consumer_missing = False
+        self.predictor = Predictor(self.method) if self.method.source == "predicted" else None
+        self.tap: tuple[Bus, tuple[str, ...]] | None = None  # QPP: what reads this tensor's features
 
     # ------------------------------------------------------------ what it is
 
@@ -151,6 +157,8 @@ class ActivationQuantizer(StateModule):
             return self
         self._require_data("was frozen or converted")
         if self._state == "observe":
+            if self.predictor is not None and self.predictor.bus is not None:
+                fit(self.predictor.bus)
             decide(self, consumer_weight)
         self._signed = self.signed
         self._state = "frozen"
@@ -165,6 +173,11 @@ class ActivationQuantizer(StateModule):
             raise UnsupportedCombination(
                 f"{self.label}: objective='output' searches against fixed weights, which training moves; "
                 "use objective='activation', or give an amplitude."
+            )
+        if self.predictor is not None:
+            raise UnsupportedCombination(
+                f"{self.label}: QPP is fitted once, to a network that no longer changes; train with qparams='static' "
+                "or 'dynamic', and calibrate the trained network with QPP."
             )
         self._state = "qat"
         if self.calibration.count:
@@ -210,10 +223,12 @@ class ActivationQuantizer(StateModule):
                 the layer.
         """
         self._check_tensor(x)
-        if prediction is not None:
+        if prediction is not None and self.predictor is None:
             raise UnsupportedCombination(f"{self.label} takes no prediction: its qparams are {self.method.qparams!r}.")
         if x.ndim == 1:
-            return self.forward(x.unsqueeze(1)).squeeze(1)
+            return self.forward(x.unsqueeze(1), prediction).squeeze(1)
+        if self.tap is not None and self.tap[1]:
+            self.tap[0].tap(self.name, self.tap[1], x)
         if self._state == "observe":
             self._observe(x)
             return x
@@ -224,11 +239,17 @@ class ActivationQuantizer(StateModule):
                     decide(self, None)
             else:
                 self._require_data("was run in eval mode")
-        return self.fake_quantize(x)
+        return self.fake_quantize(x, prediction)
 
-    def runtime_qparams(self, x: Tensor) -> QParams:
+    def runtime_qparams(self, x: Tensor, prediction: Tensor | None = None) -> QParams:
         """The qparams that x, (B, ...), is quantized with, shaped to broadcast against it."""
         axis = self.channel_axis
+        if self.predictor is not None:
+            predicted = (self.predictor.predict(self, x) if prediction is None else prediction).to(
+                compute_dtype(x.dtype)
+            )
+            found = from_extents(self.method, predicted.unbind(1), self.signed, self.clip_factor)
+            return valid(found).map(lambda p: lay_out(p, x, axis, per_sample=True))
         if self.method.qparams == "dynamic":
             found_extents = extents(x, self.method, self.signed, axis)
             if self.method.scope == "batch":
@@ -238,14 +259,14 @@ class ActivationQuantizer(StateModule):
         static = QParams(*(p if p.numel() else None for p in (self.scale, self.lower, self.upper)))
         return static.map(lambda p: lay_out(p.reshape(-1), x, axis, per_sample=False))
 
-    def fake_quantize(self, x: Tensor) -> Tensor:
+    def fake_quantize(self, x: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Quantize and dequantize x, (B, ...), with the decided parameters; in the dtype of x."""
         self._check_tensor(x)
         if not torch.compiler.is_compiling() and x.numel() == 0:
             return x
         self._check_channels(x)
         method, axis = self.method, self.channel_axis
-        scale, lower, upper = self.runtime_qparams(x)
+        scale, lower, upper = self.runtime_qparams(x, prediction)
         if isinstance(method, DenseSparse):
             return F.dense_sparse_fake_quantize(x, lower, upper, method.bits)  # type: ignore[arg-type]
         if scale is None:
@@ -292,7 +313,12 @@ class ActivationQuantizer(StateModule):
                 if isinstance(self.method, DQA) and self.ranked:
                     self.set_extra_bits(self.extra_bits)
         self._check_channels(x)
-        self.calibration.observe(x, self._rows(x), self.method, self._axis, moving=self._state == "qat")
+        augmenting = self.tap is not None and self.tap[0].augmenting
+        if self.predictor is not None:
+            self.predictor.start(self)
+            self.predictor.observe(self, x, statistic(x, self.method, self._axis))
+        if not augmenting:
+            self.calibration.observe(x, self._rows(x), self.method, self._axis, moving=self._state == "qat")
 
     def _check_tensor(self, x: object) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
@@ -346,6 +372,10 @@ class ActivationQuantizer(StateModule):
             "searched": self.searched,
             "index": self.index,
         }
+        if self.predictor is not None:
+            state["predictor"] = self.predictor.describe()
+        if self.tap is not None:
+            state["tap"] = [self.tap[0].name, list(self.tap[1])]
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -360,6 +390,8 @@ class ActivationQuantizer(StateModule):
             method = method_from_dict(loaded["method"])
             for key in ("state", "axis", "channels", "signed", "ranked", "searched", "index"):
                 loaded[key]
+            if self.predictor is not None:
+                loaded["predictor"]["site"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateMismatch(
                 f"{self.label}: the extra state in the state_dict is damaged or not ours ({type(error).__name__})."
@@ -381,6 +413,11 @@ class ActivationQuantizer(StateModule):
         self._state, self._axis, self._channels = loaded["state"], loaded["axis"], loaded["channels"]
         self._signed, self.ranked, self.searched = loaded["signed"], loaded["ranked"], loaded["searched"]
         self.index = loaded["index"] if self.index is None else self.index
+        if self.predictor is not None:
+            self.predictor.restore(loaded["predictor"])
+        if self.tap is None and loaded.get("tap"):
+            name, modes = loaded["tap"]
+            self.tap = (Bus.named(name), tuple(modes))
 
 
 def _derive_after_loading(quantizer: nn.Module, _: Any) -> None:

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from dqa_plugins.consumers import find_consumer
 from dqa_plugins.methods import NoisyQuant
+from dqa_plugins.qpp.wire import wire
 from dqa_plugins.quantizer import ActivationQuantizer
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def convert_site(observer: FXObserver, model: GraphModule, node: Node) -> None:
     if not hasattr(model, target):
         model.add_submodule(target, quantizer)
     node.target = target
+    wire(model, node, quantizer)
 
 
 def _consumer_weight(quantizer: ActivationQuantizer, model: GraphModule, node: Node) -> Tensor | None:

@@ -24,7 +24,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from dqa_plugins.consumers import find_consumer, geometry
 from dqa_plugins.errors import InvalidMethod
 from dqa_plugins.methods import NoisyQuant
-from dqa_plugins.sites import CLAMPING, PRESERVING
+from dqa_plugins.qpp.wire import prepare_graph
+from dqa_plugins.sites import CLAMPING, PRESERVING, iter_quantizers
 
 from .naming import operation_name, producer_axis, site_name
 from .observer import FXObserver
@@ -77,6 +78,7 @@ def place(model: GraphModule, mapping: Any, example_inputs: Any, *, qat: bool) -
     model.graph.lint()
     model.recompile()
     _drop_orphans(model)
+    prepare_graph(model, [quantizer for _, quantizer in iter_quantizers(model)])
 
 
 def _drop_orphans(model: GraphModule) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.methods import NoisyQuant
+from dqa_plugins.qpp.wire import wire
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .consumers import consumer_weight, find_consumer
@@ -33,6 +34,7 @@ def convert_site(observer: PT2EObserver, model: GraphModule, node: Node) -> None
     if not hasattr(model, target):
         model.add_submodule(target, quantizer)
     node.target = target
+    wire(model, node, quantizer)
 
 
 def _consumer_weight(quantizer: ActivationQuantizer, model: GraphModule, node: Node) -> Tensor | None:

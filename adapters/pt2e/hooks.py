@@ -22,6 +22,8 @@ from typing import Any
 from torch.fx import GraphModule
 
 from dqa_plugins.errors import FrameworkMismatch
+from dqa_plugins.qpp.wire import prepare_graph
+from dqa_plugins.sites import iter_quantizers
 
 from .host import ANNOTATION, TESTED, torchao
 from .naming import name_sites
@@ -67,6 +69,7 @@ def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
                     module.quantizer.start_qat()
                 elif isinstance(module, PT2EWeight):
                     module.enable_fake_quant()
+        prepare_graph(prepared, [quantizer for _, quantizer in iter_quantizers(prepared)])
         return prepared
 
     return prepare

@@ -15,7 +15,22 @@ from torch import Tensor, nn
 from dqa_plugins import functional as F
 from dqa_plugins.methods import DQA, DenseSparse, NoisyQuant
 from dqa_plugins.qparams import QParams, lay_out
+from dqa_plugins.qpp.predictor import Predictor
 from dqa_plugins.quantizer import ActivationQuantizer
+
+
+class LeanPredictor(nn.Module):
+    """A fitted predictor without its calibration record."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "logarithmic", "low", "high"):
+            self.register_buffer(name, getattr(predictor, name))
+        self.mode, self.groups, self.note = predictor.mode, predictor.groups, predictor.note
+
+    def forward(self, features: Tensor, *notes: Tensor) -> Tensor:
+        """As `Predictor.forward`."""
+        return Predictor.forward(self, features, *notes)  # type: ignore[arg-type]
 
 
 class LeanQuantizer(nn.Module):
@@ -34,22 +49,28 @@ class LeanQuantizer(nn.Module):
         for rank in self.ranks:
             for name, value in _constants(quantizer, rank).items():
                 self.register_buffer(f"{name}_{rank}", value)
+        self.predictor = None if quantizer.predictor is None else LeanPredictor(quantizer.predictor)
 
     @property
     def original(self) -> ActivationQuantizer:
         """The quantizer it stands for."""
         return self._quantizer[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Fake-quantize x, (B, ...), of one of the ranks."""
+        original = self.original
+        if original.tap is not None and original.tap[1]:
+            original.tap[0].tap(original.name, original.tap[1], x)
+        if original.predictor is not None and prediction is None:
+            prediction = original.predictor.predict(original, x, self.predictor)
         if x.ndim not in self.ranks:
-            return self.original.fake_quantize(x)
+            return original.fake_quantize(x, prediction)
         constants = {
             name.removesuffix(f"_{x.ndim}"): value
             for name, value in self.named_buffers(recurse=False)
             if name.endswith(f"_{x.ndim}")
         }
-        return _apply(self.original, x, constants)
+        return _apply(original, x, prediction, constants)
 
 
 def _constants(quantizer: ActivationQuantizer, rank: int) -> dict[str, Tensor]:
@@ -81,7 +102,9 @@ def _constants(quantizer: ActivationQuantizer, rank: int) -> dict[str, Tensor]:
     return found
 
 
-def _apply(quantizer: ActivationQuantizer, x: Tensor, constants: dict[str, Tensor]) -> Tensor:
+def _apply(
+    quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None, constants: dict[str, Tensor]
+) -> Tensor:
     method = quantizer.method
     low: Tensor | int
     high: Tensor | int
@@ -95,7 +118,7 @@ def _apply(quantizer: ActivationQuantizer, x: Tensor, constants: dict[str, Tenso
     if method.qparams == "static":
         qparams = QParams(None, constants["lower"], constants["upper"])
     else:
-        qparams = quantizer.runtime_qparams(x)
+        qparams = quantizer.runtime_qparams(x, prediction)
     if qparams.scale is not None:
         scale = qparams.scale * constants["step"] if "step" in constants else qparams.scale
         bias = constants["noise"] * qparams.scale if "noise" in constants else None

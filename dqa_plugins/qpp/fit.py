@@ -1,0 +1,205 @@
+"""From calibration rows to predictors: for all quantizers of a model at once, in order of execution.
+
+A note depends on the prediction of its quantizer, so each quantizer is fitted on the notes that the leave-one-out
+predictions of those before it would have left.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dqa_plugins.errors import DQAWarning
+from dqa_plugins.methods import DenseSparse
+
+from .augment import augmentation
+from .bus import Bus
+from .features import SITE_FEATURES
+from .regression import Fit, least_squares, rank, ridge
+
+if TYPE_CHECKING:
+    from dqa_plugins.quantizer import ActivationQuantizer
+
+    from .predictor import Predictor
+
+logger = logging.getLogger(__name__)
+
+FEW = 8  # originals: below, no regression
+SMALL = 32  # originals: below, only mean and maximum
+_MEAN_AND_MAX = (SITE_FEATURES - 2, SITE_FEATURES - 1)
+_OFFSETS = torch.linspace(-0.3, 0.5, 81, dtype=torch.float64)
+
+
+@torch.no_grad()
+def fit(bus: Bus) -> None:
+    """Fit every predicted quantizer of a model that has data. Later calls do nothing.
+
+    Warns (DQAWarning): quantizers that keep their static parameters, with the reason.
+    """
+    if bus.fitted:
+        return
+    bus.fitted = True
+    notes: dict[str, tuple[Tensor, Tensor]] = {}
+    fallen: dict[str, list[str]] = {}
+    for quantizer in bus.quantizers:
+        if quantizer.calibration.count == 0 or quantizer.state != "observe" or quantizer.predictor is None:
+            continue
+        reason = _fit_one(quantizer, quantizer.predictor, notes)
+        if reason:
+            quantizer.predictor.reason = reason
+            fallen.setdefault(reason, []).append(quantizer.name or "unnamed quantizer")
+    for reason, names in fallen.items():
+        warnings.warn(DQAWarning(f"QPP: static parameters at {', '.join(map(repr, names))}: {reason}."), stacklevel=3)
+    if augmentation(bus.quantizers) is not None and not bus.augmented and len(bus.quantizers) > 1:
+        logger.info("QPP: calibrated without augmentation (deep copies of a prepared graph do not run it)")
+    bus.quantizers = []
+
+
+def targets_of(quantizer: ActivationQuantizer) -> Tensor:
+    """(M, S, G) of the statistics that the resolved sign needs."""
+    statistic = quantizer.predictor.record.statistic  # type: ignore[union-attr]
+    if isinstance(quantizer.method, DenseSparse):
+        return statistic[:, :2] if quantizer.signed else statistic[:, -1:]
+    return statistic
+
+
+def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[str, tuple[Tensor, Tensor]]) -> str:
+    record, mode = predictor.record, predictor.mode
+    wanted = targets_of(quantizer)
+    groups = wanted.shape[2]
+    targets = wanted.flatten(1).double()
+    logs = _logarithmic(targets, mode)
+    scaled = torch.where(logs, targets.clamp(min=1e-30).log(), targets)
+    floor = _floor(targets)
+    scaled = torch.where(logs, torch.maximum(scaled, floor.log()), scaled)
+    design, used = _design(predictor, notes)
+    reason = _degenerate(predictor, design, used, quantizer.method.prediction.intercept)
+    if not reason:
+        if mode == "paper":
+            found = least_squares(design[:, used], scaled, quantizer.method.prediction.intercept)
+        else:
+            found = ridge(design[:, used], scaled, record.samples)
+            losing = found.error >= found.base
+            if bool(losing.all()) and bool((found.base > 0).any()):
+                reason = "left out of the fit, samples are predicted no better than by the mean"
+    if reason:
+        found = _static(quantizer, logs, design[:, used])
+    weight = torch.zeros(predictor.num_features, scaled.shape[1], dtype=torch.float64, device=scaled.device)
+    weight[used] = found.weight
+    low, high = _limits(targets, logs, floor)
+    bias = found.bias if reason or mode == "paper" else found.bias + _offset(quantizer, found, logs, (low, high))
+    shift = bias - found.bias
+    held_out = _bounded(found.held_out + shift, logs, low, high).reshape(wanted.shape)
+    if mode == "extended":
+        notes[quantizer.name] = (record.samples.clone(), record.notes(held_out))
+    predictor.finish(weight, bias, logs, low, high, groups)
+    return reason
+
+
+def _design(predictor: Predictor, notes: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, list[int]]:
+    """(M, K) features, and which columns the fit may use."""
+    record = predictor.record
+    design = torch.zeros(record.count, predictor.num_features, dtype=torch.float64, device=record.features.device)
+    if record.count:
+        design[:, :SITE_FEATURES] = record.features
+    if int(record.samples.unique().numel()) < SMALL and predictor.mode == "extended":
+        return design, list(_MEAN_AND_MAX)
+    used = list(range(SITE_FEATURES))
+    for position, name in enumerate(predictor.history):
+        samples, values = notes.get(name, (None, None))
+        if samples is not None and values is not None and torch.equal(samples, record.samples):
+            start = SITE_FEATURES + 2 * position
+            design[:, start : start + 2] = values.to(design.device)
+            used += [start, start + 1]
+    return design, used
+
+
+def _degenerate(predictor: Predictor, design: Tensor, used: list[int], intercept: bool) -> str:
+    """Why no regression is possible; "" if it is."""
+    if not predictor.site:
+        return "no site of QPP(sites=...) runs before"
+    originals = int(predictor.record.samples.unique().numel())
+    if originals < FEW:
+        return f"{originals} calibration samples are too few to fit (at least {FEW})"
+    features = design[:, :SITE_FEATURES]
+    if bool((features.std(0) <= 1e-9 * (1e-12 + features.abs().amax(0))).all()):
+        return f"the features of site '{predictor.site}' are constant over the calibration samples"
+    if predictor.mode == "paper":
+        full = torch.cat([features, torch.ones_like(features[:, :1])], 1) if intercept else features
+        if originals <= full.shape[1] + 1:
+            return f"{originals} calibration samples are too few for {full.shape[1]} coefficients"
+        if rank(full) < full.shape[1]:
+            return f"the features of site '{predictor.site}' are linearly dependent (a singular system)"
+    return ""
+
+
+def _logarithmic(targets: Tensor, mode: str) -> Tensor:
+    if mode == "paper":
+        return torch.zeros(targets.shape[1], dtype=torch.bool, device=targets.device)
+    return (targets > 0).double().mean(0) >= 0.9
+
+
+def _floor(targets: Tensor) -> Tensor:
+    """A small positive value per target: half the smallest positive one seen."""
+    positive = torch.where(targets > 0, targets, torch.inf)
+    least = positive.amin(0)
+    return torch.where(torch.isfinite(least), least / 2, torch.full_like(least, 1e-12)).clamp(min=1e-12)
+
+
+def _limits(targets: Tensor, logs: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """The range of predictions: what calibration saw, widened by its width and by a factor of four."""
+    least, most = targets.amin(0), targets.amax(0)
+    width = (most - least).clamp(min=1e-12)
+    positive = torch.maximum(least, floor) / 4
+    low = torch.where(logs | (least > 0), positive, least - width)
+    return low, torch.where(most > 0, most * 4, most + width)
+
+
+def _bounded(linear: Tensor, logs: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    value = torch.where(logs, linear.clamp(-80, 80).exp(), linear)
+    return torch.minimum(torch.maximum(value, low), high)
+
+
+def _static(quantizer: ActivationQuantizer, logs: Tensor, design: Tensor) -> Fit:
+    """The static statistic as a regression without weights."""
+    record = quantizer.calibration
+    reduced = record.reduced(quantizer.method)
+    if isinstance(quantizer.method, DenseSparse):
+        reduced = reduced[:2] if quantizer.signed else reduced[-1:]
+    value = reduced.flatten().double()
+    value = torch.where(logs, value.clamp(min=1e-30).log(), value)
+    weight = torch.zeros(design.shape[1], len(value), dtype=torch.float64, device=value.device)
+    nothing = torch.zeros_like(value)
+    return Fit(weight, value, value.expand(len(design), -1), nothing, nothing)
+
+
+def _offset(quantizer: ActivationQuantizer, found: Fit, logs: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor | float:
+    """What is added to the bias, from leave-one-out predictions, where too small a range costs more than too large."""
+    predictor, method = quantizer.predictor, quantizer.method
+    if predictor is None or not bool(logs.all()):
+        return 0.0
+    record = predictor.record
+    shape = (record.count, -1, record.statistic.shape[2])
+    sigma = found.error.sqrt()
+    if not isinstance(method, DenseSparse):
+        # a maximum that is predicted too low clips: one standard error up
+        return sigma
+    losses = []
+    for offset in _OFFSETS.tolist():
+        prediction = _bounded(found.held_out + offset, logs, *limits).reshape(shape)
+        share = record.share_beyond(prediction) / max(method.density, 1e-6)
+        losses.append(_density_loss(share))
+    best = int(torch.stack(losses).argmin())
+    return float(_OFFSETS[best])
+
+
+def _density_loss(share: Tensor) -> Tensor:
+    """share: (M,) density over its target. Failures at 0.5 and at 1 (the second weigh more), softly."""
+    ratio = share.clamp(min=1e-3)
+    over, under = torch.sigmoid((ratio - 1.5) / 0.1), torch.sigmoid((0.5 - ratio) / 0.1)
+    far = torch.sigmoid((ratio - 2.0) / 0.1)
+    return (over + under + 3 * far + 0.05 * (ratio.log() ** 2)).mean()

@@ -1,0 +1,157 @@
+"""The predictor of one quantizer: its calibration rows, then its regression."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dqa_plugins.calibration import StateModule
+from dqa_plugins.errors import UncalibratedQuantizer
+from dqa_plugins.methods import Method
+
+from .bus import Bus
+from .features import NOTE_FEATURES, SITE_FEATURES, Note
+from .record import SampleRecord
+
+if TYPE_CHECKING:
+    from dqa_plugins.quantizer import ActivationQuantizer
+
+
+class Predictor(StateModule):
+    """Linear regression from features and notes to the statistic behind a quantizer's qparams.
+
+    Buffers once fitted (K features, S statistics, G groups), float64:
+        weight: (K, S * G), bias: (S * G,).
+        logarithmic: (S * G,) bool, where the logarithm is what is linear.
+        low, high: (S * G,), every prediction is moved inside.
+
+    Attributes:
+        site: name of the tensor whose features it reads; "" if none comes before: then the prediction is the static
+            statistic.
+        history: quantizers whose notes it reads, oldest first.
+        bus: shared by the quantizers of the model.
+        reason: why it fell back to the static statistic; "" if it predicts.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    logarithmic: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.mode = method.prediction.mode
+        self.record = SampleRecord()
+        self.note = Note(method, 1)
+        self.site, self.reason = "", ""
+        self.history: tuple[str, ...] = ()
+        self.bus: Bus | None = None
+        self.groups = 0
+        for name in ("weight", "bias", "low", "high"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.float64))
+        self.register_buffer("logarithmic", torch.empty(0, dtype=torch.bool))
+
+    @property
+    def fitted(self) -> bool:
+        """True once it predicts (or holds the static statistic it fell back to)."""
+        return self.bias.numel() > 0
+
+    @property
+    def num_features(self) -> int:
+        """K: five of the site, two of each note."""
+        return SITE_FEATURES + NOTE_FEATURES * len(self.history)
+
+    def forward(self, features: Tensor, *notes: Tensor) -> Tensor:
+        """Predict.
+
+        Args:
+            features: (B, 5) float64 of the site.
+            notes: (B, 2) float64 of each quantizer in `history`.
+
+        Returns:
+            (B, S, G) float32, extents as `statistics.extents` gives them.
+        """
+        known = torch.cat([features, *notes], 1) if notes else features
+        # a sum, not a matrix product: its rounding would depend on the batch size
+        linear = (known.unsqueeze(1) * self.weight.t()).sum(2) + self.bias
+        value = linear
+        if self.mode == "extended":
+            value = torch.where(self.logarithmic, linear.clamp(-80.0, 80.0).exp(), linear)
+        value = torch.minimum(torch.maximum(value, self.low), self.high)
+        return value.unflatten(1, (-1, self.groups)).float()
+
+    def observe(self, quantizer: ActivationQuantizer, x: Tensor, statistic: Tensor) -> None:
+        """Record a calibration batch, x (B, ...) with its statistic (B, S, G)."""
+        bus = self.bus
+        if bus is None:
+            raise TypeError("not connected")
+        features = bus.read(self.site, self.mode, quantizer.label) if self.site else x.new_zeros(len(x), SITE_FEATURES)
+        if len(features) != len(x):  # rows of another batch: nothing to learn from
+            return
+        samples = torch.arange(bus.first_sample, bus.first_sample + len(x), device=x.device)
+        self.record.observe(
+            x, samples, features.double(), statistic, quantizer.method.granularity, quantizer.channel_axis, bus.step
+        )
+
+    def predict(self, quantizer: ActivationQuantizer, x: Tensor, regression: nn.Module | None = None) -> Tensor:
+        """The prediction for x from what the bus knows; leaves a note for the quantizers after.
+
+        Args:
+            quantizer: whose predictor this is.
+            x: (B, ...).
+            regression: to use in place of this module (export).
+        """
+        bus = self.bus
+        if bus is None:
+            raise UncalibratedQuantizer(f"{quantizer.label} is not connected to the quantizers of its model.")
+        if not self.site:
+            features = torch.zeros((x.shape[0], SITE_FEATURES), dtype=torch.float64, device=x.device)
+        else:
+            features = bus.read(self.site, self.mode, quantizer.label)
+        missing = [name for name in self.history if name not in bus.notes]
+        if missing:
+            raise UncalibratedQuantizer(
+                f"{quantizer.label} reads what '{missing[0]}' showed, which has not run in this forward. Run the whole "
+                "model; after load_state_dict into a freshly built one call dqa_plugins.qpp.link(model)."
+            )
+        prediction: Tensor = (regression or self)(features, *(bus.notes[name] for name in self.history))
+        if self.mode == "extended":
+            bus.notes[quantizer.name] = self.note(x, prediction)
+        return prediction
+
+    def start(self, quantizer: ActivationQuantizer) -> None:
+        """Fix what the first tensor told: the channel axis, and its own site if nobody connected it."""
+        self.note.axis = quantizer.channel_axis
+        if self.bus is None:
+            from .bus import connect
+
+            connect([quantizer], inputs=0)
+
+    def finish(self, weight: Tensor, bias: Tensor, logarithmic: Tensor, low: Tensor, high: Tensor, groups: int) -> None:
+        """Set the regression and forget the calibration rows."""
+        self.weight, self.bias, self.logarithmic = weight, bias, logarithmic
+        self.low, self.high, self.groups = low, high, groups
+        self.record.reset()
+
+    # ------------------------------------------------------------ state, inside the quantizer's extra state
+
+    def describe(self) -> dict[str, Any]:
+        """What is not a buffer, JSON-compatible."""
+        return {
+            "site": self.site,
+            "history": list(self.history),
+            "groups": self.groups,
+            "axis": self.note.axis,
+            "reason": self.reason,
+            "bus": None if self.bus is None else self.bus.name,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `describe`; a quantizer that has a bus keeps it."""
+        self.site, self.history = str(state["site"]), tuple(state["history"])
+        self.groups, self.note.axis, self.reason = int(state["groups"]), int(state["axis"]), str(state["reason"])
+        if self.bus is None and state["bus"] is not None:
+            self.bus = Bus.named(state["bus"])

@@ -1,0 +1,130 @@
+"""What a predicted quantizer remembers of each calibration sample: enough to fit, and to replay other predictions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dqa_plugins.calibration import StateModule
+from dqa_plugins.statistics import grouped, quantiles
+
+from .features import log
+
+LIMIT = 2048  # samples
+_SHARES = tuple(0.3 * 0.5**k for k in range(16))  # 30% down to 1e-5
+_COARSE = tuple(0.3 * 0.2**k for k in range(6))  # of each channel
+
+
+class SampleRecord(StateModule):
+    """One row per calibration sample.
+
+    Buffers (M samples, S statistics, G groups, T tail points):
+        samples: (M,) int64, which sample; an augmented one has the number of its original.
+        features: (M, 5) float64, of the site's tensor.
+        statistic: (M, S, G), what is to be predicted (`statistics.extents` while the sign is open).
+        tails: (M, 2, T + 1, G), values that shares 30%, 15%, ... of x, and of -x, exceed; the maximum last.
+        means: (M,) float64, mean magnitude.
+        elements: () int64, values per group.
+    """
+
+    samples: Tensor
+    features: Tensor
+    statistic: Tensor
+    tails: Tensor
+    means: Tensor
+    elements: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step: int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        device = self._buffers["elements"].device if "elements" in self._buffers else None  # type: ignore[union-attr]
+        double = {"dtype": torch.float64, "device": device}
+        self.register_buffer("samples", torch.empty(0, dtype=torch.int64, device=device))
+        self.register_buffer("features", torch.empty((0, 0), **double))  # type: ignore[arg-type]
+        self.register_buffer("statistic", torch.empty((0, 0, 0), device=device))
+        self.register_buffer("tails", torch.empty((0, 2, 0, 0), device=device))
+        self.register_buffer("means", torch.empty(0, **double))  # type: ignore[arg-type]
+        self.register_buffer("elements", torch.zeros((), dtype=torch.int64, device=device))
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return len(self.samples)
+
+    @torch.no_grad()
+    def observe(
+        self, x: Tensor, samples: Tensor, features: Tensor, statistic: Tensor, granularity: str, axis: int, step: int
+    ) -> None:
+        """Add the rows of a batch; a second call in one forward (`step`) widens those of the first.
+
+        Args:
+            x: (B, ...) finite.
+            samples: (B,) their numbers.
+            features: (B, 5).
+            statistic: (B, S, G).
+            granularity, axis: of the groups.
+            step: number of the forward.
+        """
+        tails, means = _tails(x, granularity, axis), x.abs().flatten(1).double().mean(1)
+        if step == self.step and self.count >= len(x):
+            rows = slice(self.count - len(x), self.count)
+            self.statistic[rows] = torch.maximum(self.statistic[rows], statistic)
+            self.tails[rows] = torch.maximum(self.tails[rows], tails)
+            return
+        self.step = step
+        if self.count >= LIMIT:
+            return
+        new = {"samples": samples, "features": features, "statistic": statistic, "tails": tails, "means": means}
+        for name, value in new.items():
+            held = getattr(self, name)
+            value = value.to(held.device if held.numel() else value.device)
+            setattr(self, name, value.clone() if held.numel() == 0 else torch.cat([held, value]))
+        self.elements = torch.tensor(x[0].numel() // tails.shape[-1], dtype=torch.int64, device=self.elements.device)
+
+    def share_beyond(self, prediction: Tensor) -> Tensor:
+        """Share of each sample's values outside a range, interpolated between the tail points.
+
+        Args:
+            prediction: (M, S, G) extents, as in `features.outside`.
+
+        Returns:
+            (M,) float64.
+        """
+        shares = torch.tensor(_SHARES if self.tails.shape[2] > len(_COARSE) + 1 else _COARSE, dtype=torch.float64)
+        least = min(0.5 / max(int(self.elements), 1), float(shares[-1]) / 2)
+        logs = torch.cat([shares, torch.tensor([least], dtype=torch.float64)]).log().to(self.tails.device)
+        upper, lower = (prediction[:, -1], prediction[:, 0])
+        total = _exceeding(self.tails[:, 0], upper, logs) + _exceeding(self.tails[:, 1], lower, logs)
+        return total.mean(1)
+
+    def notes(self, prediction: Tensor) -> Tensor:
+        """What `features.Note` would have said had these predictions been used, (M, 2)."""
+        groups = self.tails.shape[-1]
+        elements = float(int(self.elements) * groups)
+        return torch.stack([log(self.share_beyond(prediction) + 1.0 / elements), log(self.means)], 1)
+
+
+def _tails(x: Tensor, granularity: str, axis: int) -> Tensor:
+    values = grouped(x, granularity, axis)
+    shares = _SHARES if granularity == "tensor" else _COARSE
+    levels = (*(1 - s for s in shares), 1.0)
+    up, down = quantiles(values, levels), quantiles(-values, levels)
+    return torch.stack([torch.stack(up, 1), torch.stack(down, 1)], 1)
+
+
+def _exceeding(tail: Tensor, threshold: Tensor, logs: Tensor) -> Tensor:
+    """tail (M, T, G) ascending in T, threshold (M, G); the share above it, (M, G)."""
+    points = tail.double().movedim(1, 2).contiguous()
+    wanted = threshold.double().unsqueeze(2).contiguous()
+    after = torch.searchsorted(points, wanted, right=True).squeeze(2)
+    low, high = (after - 1).clamp(0, points.shape[2] - 1), after.clamp(0, points.shape[2] - 1)
+    at_low, at_high = (points.gather(2, i.unsqueeze(2)).squeeze(2) for i in (low, high))
+    width = (at_high - at_low).clamp(min=1e-300)
+    part = ((wanted.squeeze(2) - at_low) / width).clamp(0, 1)
+    share = (logs[low] + (logs[high] - logs[low]) * part).exp()
+    share = torch.where(after == 0, logs[0].exp(), share)
+    return torch.where(after >= points.shape[2], torch.zeros_like(share), share)
