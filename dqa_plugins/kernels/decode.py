@@ -79,7 +79,8 @@ def read_escapes(streams, quarter, group, source, position, length):  # type: ig
     pattern = ones * _u(escape)
     for s in range(4):
         begin = s * (quarter + f.PAD)
-        for block in range(begin, begin + quarter, 8):
+        for eight in range(quarter // 8):
+            block = begin + 8 * eight
             differs = load64(streams, block) ^ pattern
             if (differs - ones) & ~differs & tops == 0:  # no byte of these eight is the escape
                 continue
@@ -100,11 +101,11 @@ def read_escapes(streams, quarter, group, source, position, length):  # type: ig
 @njit(cache=True, nogil=True)
 def collect(streams, quarter, out):  # type: ignore[no-untyped-def]
     """Blocks of 16 symbols from four quarters in turn: the inverse of `encode.deal`."""
-    for s in range(4):
-        at = s * (quarter + f.PAD)
-        for i in range(0, quarter, 16):
-            store64(out, 4 * i + 16 * s, load64(streams, at + i))
-            store64(out, 4 * i + 16 * s + 8, load64(streams, at + i + 8))
+    stride = quarter + f.PAD
+    for j in range(quarter // 16):
+        for s in range(4):
+            store64(out, 64 * j + 16 * s, load64(streams, s * stride + 16 * j))
+            store64(out, 64 * j + 16 * s + 8, load64(streams, s * stride + 16 * j + 8))
 
 
 @njit(cache=True, nogil=True)
@@ -144,10 +145,14 @@ def decode_chunk(source, position, count, group, lengths, table, part, streams, 
 
 
 @njit(cache=True, nogil=True)
-def dequantize(q, sign, step, out):  # type: ignore[no-untyped-def]
-    """out = q as a number (two's complement where sign is 2^(w-1), unsigned where it is 0) times step."""
-    for i in range(q.size):
-        out[i] = np.float32((np.int32(q[i]) ^ sign) - sign) * step
+def dequantize(q, at, size, sign, step, out, base):  # type: ignore[no-untyped-def]
+    """out[base : base + size] = q[at : at + size] as numbers times step.
+
+    Codes are two's complement where sign is 2^(w-1), unsigned where it is 0.
+    """
+    source, target = _u(at), _u(base)
+    for i in range(_u(size)):
+        out[target + i] = np.float32((np.int32(q[source + i]) ^ sign) - sign) * step
 
 
 @njit(cache=True, nogil=True)
@@ -206,9 +211,9 @@ def decode_range(source, offsets, lengths, steps, inner, channels, groups, table
             else:
                 step = steps[sample if steps.shape[0] > 1 else 0, channel]
                 if wide:
-                    dequantize(whole[filled : filled + length], sign, step, out[base : base + length])
+                    dequantize(whole, filled, length, sign, step, out, base)
                 else:
-                    dequantize(low[filled : filled + length], sign, step, out[base : base + length])
+                    dequantize(low, filled, length, sign, step, out, base)
             filled += length
             row += 1
             offset = 0

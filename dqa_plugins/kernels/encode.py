@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from . import fields as f
-from .memory import float_bits, load64, store64
+from .memory import float_bits, load64, prefetch, store64
 from .planes import pack_planes, part_of
 
 _BLOCK = 1024
@@ -39,8 +39,10 @@ def _quantize_exact(x, step, low, high, q):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def quantize(x, step, low, high, q):  # type: ignore[no-untyped-def]
-    """clamp(round(x / step)) of a piece of one channel, into the low bits of q (uint8 or uint16).
+def quantize(x, base, size, step, low, high, q, at):  # type: ignore[no-untyped-def]
+    """clamp(round(x / step)) of x[base : base + size], a piece of one channel, into the low bits of q[at : at + size].
+
+    q is uint8 or uint16. Positions instead of slices: making slices costs more than short pieces do.
 
     Returns 1 where x holds NaN or Inf, else 0.
     """
@@ -49,68 +51,75 @@ def quantize(x, step, low, high, q):  # type: ignore[no-untyped-def]
     # |x * (1 / step) - x / step| < 2^-22 * |x / step|: only values this close to a tie may round differently
     near = np.float32(0.5) - (max(abs(low), abs(high)) + np.float32(1)) * np.float32(2.0**-22)
     sign = np.int32(-2147483648)
-    for start in range(0, x.size, _BLOCK):
-        xs = x[start : min(start + _BLOCK, x.size)]
-        qs = q[start : start + xs.size]
+    for block in range((size + _BLOCK - 1) // _BLOCK):
+        start = block * _BLOCK
+        count = min(_BLOCK, size - start)
+        source, target = _u(base + start), _u(at + start)
         flags = np.int32(0)
-        for i in range(xs.size):
-            v = xs[i] * inverse
+        for i in range(_u(count)):
+            value = x[source + i]
+            v = value * inverse
             v = high if high < v else v  # a NaN fails both comparisons and stays
             v = low if low > v else v
             r = np.float32(v + _MAGIC)
-            qs[i] = float_bits(r)
+            q[target + i] = float_bits(r)
             distance = np.float32(abs(np.float32(v - np.float32(r - _MAGIC))))
             # x - x is +0 unless x is NaN or Inf; near - distance is negative next to a tie
             flag = np.int32(float_bits(np.float32(near - distance)) & sign)
-            flags = np.int32(flags | np.int32(float_bits(np.float32(xs[i] - xs[i])) | flag))  # int32: vectorises
+            flags = np.int32(flags | np.int32(float_bits(np.float32(value - value)) | flag))  # int32: vectorises
         if flags != 0 or not usable:
-            if _quantize_exact(xs, step, low, high, qs):
+            first, to = base + start, at + start
+            if _quantize_exact(x[first : first + count], step, low, high, q[to : to + count]):
                 return 1
     return 0
 
 
 @njit(cache=True, nogil=True)
-def encode_streams(index, table, flush, out, position, lengths, flags):  # type: ignore[no-untyped-def]
+def encode_streams(index, table, flush, out, position, lengths, flags, x, ahead):  # type: ignore[no-untyped-def]
     """Write the four quarters of `index` as four byte-aligned streams, one behind the other.
 
     One stream after the other: the processor overlaps them by itself, and all its state stays in registers.
 
     Args:
         index: (4 L,) uint16, L a multiple of `flush`: rows of `table`.
-        table: uint64: code << 8 | flag << 7 | length in bits.
-        flush: look-ups between two writes, 2 or 4; flush * longest code + 7 <= 64.
+        table: uint64: code << 9 | escape << 6 | length in bits.
+        flush: look-ups between two writes, 2 or 4; flush * longest code + 7 < 64, so that lengths add up in six bits
+            and escapes in the three above.
         out: uint8, written from `position`, and up to 8 bytes more.
         lengths: (4,) uint16, bytes of each stream, written.
-        flags: uint8, one for every `flush` look-ups: bit 7 where one of their codes has the escape flag.
+        flags: uint8, one for every `flush` look-ups: in the low three bits the number of escapes among them.
+        x, ahead: the input, and the byte of it where the next chunk starts.
 
     Returns:
-        (position behind the streams, whether a code with the escape flag was used).
+        (position behind the streams, whether there was an escape).
     """
     quarter = index.size // 4
+    turns = quarter // flush
     seen = _u(0)
-    c3, c7, c8, c56, c63 = _u(3), _u(7), _u(8), _u(56), _u(63)
+    c3, c6, c7, c9, c56, c63 = _u(3), _u(6), _u(7), _u(9), _u(56), _u(63)
+    stride = 4 * f.CHUNK // max(4 * turns, 1)
     for s in range(4):
-        piece = index[s * quarter : (s + 1) * quarter]
+        first = _u(s * quarter)
         start = position
         a = n = _u(0)  # pending bits and, in the low 6 bits of n, their number: what lies above is of no account
-        first_flag = s * (quarter // flush)
-        for j in range(quarter // flush):
-            at = _u(j * flush)
-            e0, e1 = table[piece[at]], table[piece[at + _u(1)]]
-            a |= (e0 >> c8) << (n & c63)
+        first_flag = _u(s * turns)
+        for j in range(_u(turns)):
+            prefetch(x, ahead)
+            ahead += stride
+            at = first + j * _u(flush)
+            e0, e1 = table[index[at]], table[index[at + _u(1)]]
+            a |= (e0 >> c9) << (n & c63)
             n += e0
-            a |= (e1 >> c8) << (n & c63)
+            a |= (e1 >> c9) << (n & c63)
             n += e1
-            both = e0 | e1
             if flush == 4:
-                e0, e1 = table[piece[at + _u(2)]], table[piece[at + _u(3)]]
-                a |= (e0 >> c8) << (n & c63)
+                e0, e1 = table[index[at + _u(2)]], table[index[at + _u(3)]]
+                a |= (e0 >> c9) << (n & c63)
                 n += e0
-                a |= (e1 >> c8) << (n & c63)
+                a |= (e1 >> c9) << (n & c63)
                 n += e1
-                both |= e0 | e1
-            flags[first_flag + j] = np.uint8(both)
-            seen |= both
+            flags[first_flag + j] = np.uint8(n >> c6)
+            seen |= n
             store64(out, position, a)
             position += np.int64((n & c63) >> c3)
             a >>= n & c56
@@ -118,7 +127,7 @@ def encode_streams(index, table, flush, out, position, lengths, flags):  # type:
         store64(out, position, a)
         position += np.int64(n > 0)
         lengths[s] = position - start
-    return position, (seen & _u(0x80)) != 0
+    return position, (seen & _u(0x1C0)) != 0
 
 
 @njit(cache=True, nogil=True)
@@ -136,10 +145,10 @@ def _fixed(low, high, width, count, part, out, position):  # type: ignore[no-unt
 @njit(cache=True, nogil=True)
 def deal(values, quarter, out):  # type: ignore[no-untyped-def]
     """Deal blocks of 16 symbols to four quarters in turn: the streams then have like statistics and like lengths."""
-    for s in range(4):
-        for i in range(0, quarter, 16):
-            store64(out, s * quarter + i, load64(values, 4 * i + 16 * s))
-            store64(out, s * quarter + i + 8, load64(values, 4 * i + 16 * s + 8))
+    for j in range(quarter // 16):
+        for s in range(4):
+            store64(out, s * quarter + 16 * j, load64(values, 64 * j + 16 * s))
+            store64(out, s * quarter + 16 * j + 8, load64(values, 64 * j + 16 * s + 8))
 
 
 @njit(cache=True, nogil=True)
@@ -180,15 +189,16 @@ def write_escapes(part, symbols, index, table, group, flags, out, position):  # 
     pending, filled = _u(0), 0
     turns = symbols.size // (word * flush)
     flags[turns : turns + 8] = 0
-    for block in range(0, turns, 8):
-        if load64(flags, block) & _u(0x8080808080808080) == 0:
+    for eight in range((turns + 7) // 8):
+        block = 8 * eight
+        if load64(flags, block) & _u(0x0707070707070707) == 0:
             continue
         for turn in range(block, min(block + 8, turns)):
-            if flags[turn] < 128:
+            if flags[turn] & 7 == 0:
                 continue
             for i in range(turn * flush, (turn + 1) * flush):
                 entry = table[index[i]]
-                if entry & _u(0x80):
+                if entry & _u(0x40):
                     for k in range(i * word, (i + 1) * word):
                         if entry == replaced or symbols[k] == escape:
                             pending |= _u(part[k]) << _u(filled)
@@ -205,7 +215,7 @@ def write_escapes(part, symbols, index, table, group, flags, out, position):  # 
 
 
 @njit(cache=True, nogil=True)
-def encode_chunk(low, high, count, group, table, out, position, lengths, part, symbols, index, flags):  # type: ignore[no-untyped-def]
+def encode_chunk(low, high, count, group, table, out, position, lengths, part, symbols, index, flags, x, ahead):  # type: ignore[no-untyped-def]
     """Write the `count` codes of a chunk, given by their bytes; returns the next position. Rest as `encode_range`."""
     start = position
     width, wide = group[f.WIDTH], group[f.WIDTH] > 8
@@ -226,7 +236,7 @@ def encode_chunk(low, high, count, group, table, out, position, lengths, part, s
             symbols[i] = s if s < escape else escape
     dealt = symbols[:padded] if group[f.ESCAPE] < 256 else part[:padded]
     words = word_index(dealt, group[f.SYMBOL_BITS], group[f.WORD], index)
-    position, escapes = encode_streams(index[:words], table, group[f.FLUSH], out, position, lengths, flags)
+    position, escapes = encode_streams(index[:words], table, group[f.FLUSH], out, position, lengths, flags, x, ahead)
     if escapes:
         end = write_escapes(part, dealt, index, table, group, flags, out, position)
         lengths[4] = end - position
@@ -284,11 +294,10 @@ def encode_range(x, codes, steps, inner, channels, groups, tables, first, last, 
                     whole[filled + i] = codes[base + i]
             else:
                 step = steps[sample if steps.shape[0] > 1 else 0, channel]
-                piece = x[base : base + size]
                 if wide:
-                    bad = quantize(piece, step, least, most, whole[filled : filled + size])
+                    bad = quantize(x, base, size, step, least, most, whole, filled)
                 else:
-                    bad = quantize(piece, step, least, most, low[filled : filled + size])
+                    bad = quantize(x, base, size, step, least, most, low, filled)
                 if bad:
                     return -1 - chunk
             filled += size
@@ -302,8 +311,9 @@ def encode_range(x, codes, steps, inner, channels, groups, tables, first, last, 
         high[count : (count + 63) // 64 * 64] = 0
         lengths[chunk, :] = 0
         start = position
+        ahead = 4 * (((row // group[f.CHANNELS]) * total + channels[group[f.CHANNEL_OFFSET]]) * inner + offset)
         position = encode_chunk(
-            low, high, count, group, tables[g], out, position, lengths[chunk], part, symbols, index, flags
+            low, high, count, group, tables[g], out, position, lengths[chunk], part, symbols, index, flags, x, ahead
         )
         sizes[chunk] = position - start
     return position

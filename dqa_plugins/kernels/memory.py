@@ -4,6 +4,7 @@ Requirements this file meets:
 
 - The codec reads and writes eight bytes at any byte position: one machine instruction instead of eight.
 - Nothing is checked. Callers keep eight bytes of room behind the last position that they touch.
+- A hint for the cache, which numba does not offer either: the next chunk is fetched while this one is computed on.
 - Little-endian machines only (x86-64, AArch64): `supported()` tells, and the torch reference codec serves the rest.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 
@@ -60,3 +62,19 @@ def float_bits(typing_context: Any, value: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
     return types.int32(types.float32), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
+    """Ask for the cache line at byte `offset` of a contiguous array. Any offset is allowed: nothing is read."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = _address(context, builder, signature.args[0], *arguments)
+        where = builder.bitcast(where, ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [where.type, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [where, number(0), number(3), number(1)])  # to read, into all levels, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate

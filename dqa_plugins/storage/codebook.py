@@ -16,7 +16,7 @@ from torch import Tensor
 from ..methods import DQA, DenseSparse, Method, NoisyQuant
 from ..quantizer import ActivationQuantizer
 from .errors import NotPackable, UnknownCoding
-from .histograms import best_table, cluster
+from .histograms import FEWER_TABLES, best_table, cluster
 from .layout import CODINGS, Group, Layout, joint_group, packed_group, shift_error_group
 from .strips import Strips, strip_qparams, whole_codes
 from .tables import symbol_table
@@ -219,6 +219,17 @@ def _joint_option(group: Group, values: np.ndarray, neighbours: bool) -> tuple[f
     alphabet = 1 << (group.width - low)
     counts = np.stack([np.bincount(row, minlength=alphabet) for row in coded]).astype(np.float64)
     labels = cluster(counts)
+    several = _with_tables(group, coded, labels, low, neighbours)
+    if not labels.any():
+        return several
+    one = _with_tables(group, coded, np.zeros_like(labels), low, neighbours)
+    return one if one[0] <= several[0] * (1 + FEWER_TABLES) else several
+
+
+def _with_tables(
+    group: Group, coded: np.ndarray, labels: np.ndarray, low: int, neighbours: bool
+) -> tuple[float, tuple[Group, ...]]:
+    """(bits per value, groups) with a table for each label."""
     groups, cost = [], 0.0
     for label in range(int(labels.max()) + 1):
         members = np.flatnonzero(labels == label)
@@ -226,4 +237,4 @@ def _joint_option(group: Group, values: np.ndarray, neighbours: bool) -> tuple[f
         channels = tuple(group.channels[i] for i in members)
         groups.append(joint_group(channels, group.width, group.signed, table))
         cost += (bits + low) * len(members)
-    return cost / len(values), tuple(groups)
+    return cost / len(coded), tuple(groups)

@@ -14,6 +14,7 @@ from .tables import Table, symbol_table, word_table
 
 MAX_CLUSTERS = 8
 _TABLE_BITS = 8 * 250  # what one more table costs, about
+FEWER_TABLES = 0.02  # share of the bits that one table for all channels may cost more: it is faster
 _SPEED = 0.005  # share of the bits that a table may cost more if it looks up two symbols at once
 
 

@@ -54,7 +54,7 @@ class Table:
 
     @cached_property
     def encoder(self) -> NDArray[np.uint64]:
-        """(2^(b * g),) uint64: code << 8 | escape flag << 7 | length, see `kernels.encode.encode_streams`."""
+        """(2^(b * g),) uint64: code << 9 | escape << 6 | length, see `kernels.encode.encode_streams`."""
         codes, lengths = canonical_codes(self.lengths), self.lengths.astype(np.uint64)
         bits, lookup = self.symbol_bits, self.lookup
         index = np.arange(1 << (bits * lookup))
@@ -72,7 +72,7 @@ class Table:
             for part in parts:
                 code |= codes[part] << length
                 length = length + lengths[part]
-        return (code << np.uint64(8)) | (escapes.astype(np.uint64) << np.uint64(7)) | length
+        return (code << np.uint64(9)) | (escapes.astype(np.uint64) << np.uint64(6)) | length
 
     @cached_property
     def decoder(self) -> NDArray[np.uint64]:

@@ -38,7 +38,7 @@ BITS, EXTRA = 4, 3
 
 
 def activations(inputs: int, seed: int = 0) -> list[Tensor]:
-    """`inputs` tensors (B, 16, 16, 16) of COUNT values: the first shortcuts of the digits ResNet-32."""
+    """`inputs` tensors (B, 16, 16, 16) of COUNT values: the first shortcuts of the digits ResNet-32, shuffled."""
     from examples.networks import load
     from examples.networks.digits import augment, load_split
 
@@ -57,6 +57,7 @@ def activations(inputs: int, seed: int = 0) -> list[Tensor]:
         handle.remove()
     per_input = COUNT // captured[0][0].numel()
     pool = torch.cat(captured)
+    pool = pool[torch.randperm(len(pool), generator=generator)]
     return [pool[i * per_input : (i + 1) * per_input].clone() for i in range(inputs)]
 
 
