@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def kept_qparams(quantizer: ActivationQuantizer, factor: Tensor | None) -> QParams:
-    """The qparams each kept value would be quantized with: those of its sample if dynamic or predicted, else the static.
+    """The qparams each kept value would be quantized with: its sample's if dynamic or predicted, else the static ones.
 
     Args:
         quantizer: calibrated, not frozen.

@@ -1,6 +1,6 @@
-"""Scores of a model's outputs, one per sample: what ranking compares channels by.
+"""Scores of a model's outputs, one per sample (what ranking compares channels by), and of predicted thresholds.
 
-Both functions take classification outputs of any rank: class scores along axis 1, and one class index per sample or
+The scores take classification outputs of any rank: class scores along axis 1, and one class index per sample or
 per position (segmentation: the mean over the positions of a sample). They are computed in float64, so that a mean over
 samples does not depend on how they were batched beyond rounding at 1e-16.
 """
@@ -50,3 +50,46 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """
     losses = torch.nn.functional.cross_entropy(outputs.double(), targets.long(), reduction="none")
     return losses.reshape(len(outputs), -1).mean(1)
+
+
+def density(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Share of a sample's values strictly outside two thresholds: what Dense+Sparse keeps in float.
+
+    Args:
+        x: (B, ...).
+        lower, upper: broadcast against x, unit of x.
+
+    Returns:
+        (B,) float64 in [0, 1].
+    """
+    return ((x < lower) | (x > upper)).flatten(1).double().mean(1)
+
+
+def failure_rate(densities: Tensor, target: float = 0.01, margin: float = 0.005) -> float:
+    """FR (QPP paper, section 8): share of (sample, layer) pairs whose density lies outside target +- margin.
+
+    Args:
+        densities: any shape, in [0, 1].
+        target: density asked for.
+        margin: in [0, 1]; the paper's FR(1) and FR(0.5) are 0.01 and 0.005 at a target of 0.01.
+
+    Returns:
+        in [0, 1]; nan without pairs.
+    """
+    if densities.numel() == 0:
+        return float("nan")
+    return float(((densities.double() - target).abs() > margin * (1 + 1e-9)).double().mean())
+
+
+def prediction_error(predicted: Tensor, dynamic: Tensor) -> Tensor:
+    """Error of predicted parameters relative to the sample's own, |p - d| / |d| (QPP paper, figure 7).
+
+    Args:
+        predicted, dynamic: (B, ...) of one shape.
+
+    Returns:
+        (B,) float64, the mean over a sample's parameters; those whose own value is zero count only if missed (as 1).
+    """
+    difference, own = (predicted - dynamic).abs().double().flatten(1), dynamic.abs().double().flatten(1)
+    ratio = torch.where(own > 0, difference / own.clamp(min=1e-30), (difference > 0).double())
+    return ratio.mean(1)

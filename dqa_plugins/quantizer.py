@@ -163,6 +163,8 @@ class ActivationQuantizer(StateModule):
         self._signed = self.signed
         self._state = "frozen"
         self.calibration.reset()
+        if self.predictor is not None:
+            self.predictor.forget()
         return self
 
     def start_qat(self) -> ActivationQuantizer:

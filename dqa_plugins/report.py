@@ -63,28 +63,29 @@ class ActivationReport:
         return "\n".join([*rows, f"bits per activation: {self.bits_per_activation:.3f}"])
 
 
-def fixed_length_bits(quantizer: ActivationQuantizer, x: Tensor) -> float:
+def fixed_length_bits(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None = None) -> float:
     """Bits per value of x, (B, ...), with fixed-length codes and all side information of the tensor.
 
     Args:
         quantizer: frozen.
         x: what it quantizes.
+        prediction: its second input, if it got one.
     """
     method, per_sample = quantizer.method, x[0].numel()
     bits = float(method.bits)
     if isinstance(method, DQA):
         bits += float(quantizer.extra_bits.double().mean())
     if isinstance(method, DenseSparse):
-        bits += outlier_share(quantizer, x) * (32 + math.ceil(math.log2(max(per_sample, 2))))
+        bits += outlier_share(quantizer, x, prediction) * (32 + math.ceil(math.log2(max(per_sample, 2))))
     if method.qparams != "static":
-        values = sum(p.shape[0] * p[0].numel() for p in quantizer.runtime_qparams(x) if p is not None)
+        values = sum(p.shape[0] * p[0].numel() for p in quantizer.runtime_qparams(x, prediction) if p is not None)
         bits += 32 * values / x.numel()
     return bits
 
 
-def outlier_share(quantizer: ActivationQuantizer, x: Tensor) -> float:
+def outlier_share(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None = None) -> float:
     """Share of the values of x, (B, ...), strictly outside the thresholds of a DenseSparse quantizer."""
-    _, lower, upper = quantizer.runtime_qparams(x)
+    _, lower, upper = quantizer.runtime_qparams(x, prediction)
     if lower is None or upper is None:
         return 0.0
     return float(((x < lower) | (x > upper)).double().mean())
@@ -111,14 +112,14 @@ def activation_report(model: nn.Module, batches: Iterable[Any]) -> ActivationRep
     def note(quantizer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         if not isinstance(quantizer, ActivationQuantizer) or args[0].numel() == 0:
             return
-        x, entry = args[0], sums[quantizer]
+        x, prediction, entry = args[0], args[1] if len(args) > 1 else None, sums[quantizer]
         entry[0] += x.numel()
         entry[1] += len(x)
-        entry[2] += fixed_length_bits(quantizer, x) * x.numel()
+        entry[2] += fixed_length_bits(quantizer, x, prediction) * x.numel()
         entry[3] += float(x.double().square().sum())
         entry[4] += float((x.double() - y.double()).square().sum())
         if isinstance(quantizer.method, DenseSparse):
-            densities[quantizer] = densities.get(quantizer, 0.0) + outlier_share(quantizer, x) * x.numel()
+            densities[quantizer] = densities.get(quantizer, 0.0) + outlier_share(quantizer, x, prediction) * x.numel()
 
     densities: dict[ActivationQuantizer, float] = {}
     hooks = [quantizer.register_forward_hook(note) for quantizer in names]

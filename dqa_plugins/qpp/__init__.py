@@ -4,4 +4,13 @@ from .bus import Bus, connect
 from .fit import fit
 from .predictor import Predictor
 
-__all__ = ["Bus", "Predictor", "connect", "fit"]
+__all__ = ["Bus", "Predictor", "QPPReport", "connect", "fit", "qpp_report"]
+
+
+def __getattr__(name: str) -> object:
+    """The report on first use: the quantizer imports this package."""
+    if name in ("QPPReport", "qpp_report"):
+        from . import report
+
+        return getattr(report, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

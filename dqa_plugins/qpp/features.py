@@ -57,10 +57,7 @@ def outside(x: Tensor, prediction: Tensor, axis: int) -> Tensor:
         (B,) float64.
     """
     sides = [lay_out(side, x, axis, per_sample=True) for side in prediction.to(compute_dtype(x.dtype)).unbind(1)]
-    if len(sides) == 1:
-        beyond = x.abs() > sides[0]
-    else:
-        beyond = (x < -sides[0]) | (x > sides[1])
+    beyond = x.abs() > sides[0] if len(sides) == 1 else (x < -sides[0]) | (x > sides[1])
     return beyond.flatten(1).sum(1).double()
 
 

@@ -67,6 +67,14 @@ def targets_of(quantizer: ActivationQuantizer) -> Tensor:
     return statistic
 
 
+def static_of(quantizer: ActivationQuantizer) -> Tensor:
+    """(S * G,) float64, the statistic that static parameters are made of, for the resolved sign."""
+    reduced = quantizer.calibration.reduced(quantizer.method)
+    if isinstance(quantizer.method, DenseSparse):
+        reduced = reduced[:2] if quantizer.signed else reduced[-1:]
+    return reduced.flatten().double()
+
+
 def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[str, tuple[Tensor, Tensor]]) -> str:
     record, mode = predictor.record, predictor.mode
     wanted = targets_of(quantizer)
@@ -95,8 +103,9 @@ def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[s
     shift = bias - found.bias
     held_out = _bounded(found.held_out + shift, logs, low, high).reshape(wanted.shape)
     if mode == "extended":
-        notes[quantizer.name] = (record.samples.clone(), record.notes(held_out))
-    predictor.finish(weight, bias, logs, low, high, groups)
+        notes[quantizer.name] = (record.samples, record.notes(held_out))
+    predictor.static, predictor.groups = static_of(quantizer), groups
+    predictor.finish(weight, bias, logs, (low, high))
     return reason
 
 
@@ -166,11 +175,7 @@ def _bounded(linear: Tensor, logs: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _static(quantizer: ActivationQuantizer, logs: Tensor, design: Tensor) -> Fit:
     """The static statistic as a regression without weights."""
-    record = quantizer.calibration
-    reduced = record.reduced(quantizer.method)
-    if isinstance(quantizer.method, DenseSparse):
-        reduced = reduced[:2] if quantizer.signed else reduced[-1:]
-    value = reduced.flatten().double()
+    value = static_of(quantizer)
     value = torch.where(logs, value.clamp(min=1e-30).log(), value)
     weight = torch.zeros(design.shape[1], len(value), dtype=torch.float64, device=value.device)
     nothing = torch.zeros_like(value)

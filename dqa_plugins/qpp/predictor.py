@@ -26,6 +26,7 @@ class Predictor(StateModule):
         weight: (K, S * G), bias: (S * G,).
         logarithmic: (S * G,) bool, where the logarithm is what is linear.
         low, high: (S * G,), every prediction is moved inside.
+        static: (S * G,), what static parameters would have been made of.
 
     Attributes:
         site: name of the tensor whose features it reads; "" if none comes before: then the prediction is the static
@@ -40,6 +41,7 @@ class Predictor(StateModule):
     logarithmic: Tensor
     low: Tensor
     high: Tensor
+    static: Tensor
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class Predictor(StateModule):
         self.history: tuple[str, ...] = ()
         self.bus: Bus | None = None
         self.groups = 0
-        for name in ("weight", "bias", "low", "high"):
+        for name in ("weight", "bias", "low", "high", "static"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
         self.register_buffer("logarithmic", torch.empty(0, dtype=torch.bool))
 
@@ -130,10 +132,13 @@ class Predictor(StateModule):
 
             connect([quantizer], inputs=0)
 
-    def finish(self, weight: Tensor, bias: Tensor, logarithmic: Tensor, low: Tensor, high: Tensor, groups: int) -> None:
-        """Set the regression and forget the calibration rows."""
+    def finish(self, weight: Tensor, bias: Tensor, logarithmic: Tensor, limits: tuple[Tensor, Tensor]) -> None:
+        """Set the regression; its arguments are the buffers of these names."""
         self.weight, self.bias, self.logarithmic = weight, bias, logarithmic
-        self.low, self.high, self.groups = low, high, groups
+        self.low, self.high = limits
+
+    def forget(self) -> None:
+        """Drop the calibration rows."""
         self.record.reset()
 
     # ------------------------------------------------------------ state, inside the quantizer's extra state
