@@ -88,10 +88,11 @@ def parse(
 
 
 def settle() -> None:
-    """One thread, and no notice of torch.ao's deprecation on every call. For this process."""
+    """One thread, and no notice of torch.ao's deprecations on every call. For this process."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
 
 
 def run_jobs(
