@@ -10,7 +10,7 @@ from .codebook import Codebook
 from .edges import Edge
 from .layer import read_codebook, write_codebook
 from .packed import PackedActivation, pack
-from .strips import STRIP_SAMPLES, Strips, join, take_strips
+from .strips import Strips, join, samples_wanted, take_strips
 
 
 class StoredSite(nn.Module):
@@ -39,10 +39,8 @@ class StoredSite(nn.Module):
         if self.paused:
             return x if quantized is None else quantized
         out: Tensor = self.quantizer(x) if quantized is None else quantized
-        taken = 0 if self.strips is None else len(self.strips.values)
         wanted = quantized is not None or self.quantizer.state == "observe"
-        if wanted and taken < STRIP_SAMPLES and x.numel() and self.quantizer.calibrated:
-            left = STRIP_SAMPLES - taken
+        if wanted and (left := samples_wanted(self.strips)) and x.numel() and self.quantizer.calibrated:
             sampled = take_strips(x[:left], self.quantizer, source=None if whole is None else whole[:left])
             self.strips = join(self.strips, sampled)
         return out

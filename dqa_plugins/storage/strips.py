@@ -20,7 +20,8 @@ from ..statistics import extents
 
 RUN = 64
 STRIP_VALUES = 2**19  # kept per quantizer, over all samples
-STRIP_SAMPLES = 32
+STRIP_SAMPLES = 64  # at most; fewer where samples are large
+_SHARE = 16  # no sample takes more than one part in so many
 
 
 @dataclass
@@ -65,13 +66,24 @@ def take_strips(
     rows = rows_of(x, quantizer)
     channels, inner = rows.shape[1:]
     runs = -(-inner // RUN)
-    wanted = max(1, STRIP_VALUES // (samples * max(channels, 1) * RUN))
+    wanted = max(1, STRIP_VALUES // (_SHARE * max(channels, 1) * RUN))
     if runs > wanted:
         starts = torch.arange(wanted) * (inner // RUN) // wanted * RUN
         rows = rows[..., (starts[:, None] + torch.arange(RUN)).ravel().to(rows.device)]
-    values = rows.to(F.compute_dtype(x.dtype)).cpu().clone()
+    fitting = max(1, STRIP_VALUES // max(channels * rows.shape[2], 1))
+    source = source[:fitting]
+    values = rows[:fitting].to(F.compute_dtype(x.dtype)).cpu().clone()
     found = extents(source, quantizer.method, quantizer.method.signed, quantizer.channel_axis)
     return Strips(values, tuple(e.cpu() for e in found))
+
+
+def samples_wanted(strips: Strips | None) -> int:
+    """How many samples more should be kept."""
+    if strips is None:
+        return STRIP_SAMPLES
+    taken = len(strips.values)
+    room = (STRIP_VALUES - strips.values.numel()) // max(strips.values[0].numel(), 1)
+    return max(0, min(STRIP_SAMPLES - taken, room)) if taken else STRIP_SAMPLES
 
 
 def join(first: Strips | None, second: Strips) -> Strips:
@@ -80,6 +92,8 @@ def join(first: Strips | None, second: Strips) -> Strips:
         return second
     if first.values.shape[1:] != second.values.shape[1:]:
         return first
+    left = samples_wanted(first)
+    second = Strips(second.values[:left], tuple(e[:left] for e in second.extents))
     return Strips(
         torch.cat([first.values, second.values]),
         tuple(torch.cat(pair) for pair in zip(first.extents, second.extents, strict=True)),
