@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,34 @@ from torch import Tensor, nn
 
 from dqa_plugins.errors import UnsupportedCombination, missing
 
-from .onnx import to_onnx
-from .openvino import F32, require_openvino, to_openvino
+from .onnx import write_onnx
+from .openvino import F32, read_onnx, require_openvino
 from .program import exportable, to_exported_program
 
 Runner = Callable[..., list[Tensor]]
+
+
+class Target:
+    """A module for several backends. What they share (the exported program, the ONNX file) is made once.
+
+    Args:
+        module: what `to_onnx` takes.
+        inputs: example inputs.
+    """
+
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.module, self.inputs = module, inputs
+
+    @cached_property
+    def program(self) -> Any:
+        """The ExportedProgram, batch size open."""
+        return to_exported_program(self.module, self.inputs)
+
+    @cached_property
+    def onnx(self) -> Path:
+        """The ONNX file, as `to_onnx` writes it; it lives as long as the target."""
+        self._folder = tempfile.TemporaryDirectory()
+        return write_onnx(self.program, Path(self._folder.name) / "model.onnx")
 
 
 def _flat(outputs: Any) -> list[Tensor]:
@@ -61,18 +85,14 @@ def onnxruntime_session(path: str | Path, *, optimize: bool = True, threads: int
     return run
 
 
-def _onnxruntime(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Runner]]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = to_onnx(module, inputs, Path(folder) / "model.onnx")
-        for optimize in (True, False):
-            yield (
-                f"onnxruntime, optimizations {'on' if optimize else 'off'}",
-                onnxruntime_session(path, optimize=optimize),
-            )
+def _onnxruntime(target: Target) -> Iterator[tuple[str, Runner]]:
+    for optimize in (True, False):
+        name = f"onnxruntime, optimizations {'on' if optimize else 'off'}"
+        yield name, onnxruntime_session(target.onnx, optimize=optimize)
 
 
-def _openvino(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Runner]]:
-    compiled_model = require_openvino().compile_model(to_openvino(module, inputs), "CPU", F32)
+def _openvino(target: Target) -> Iterator[tuple[str, Runner]]:
+    compiled_model = require_openvino().compile_model(read_onnx(target.onnx), "CPU", F32)
 
     def run(*xs: Tensor) -> list[Tensor]:
         found = compiled_model([x.detach().cpu().numpy() for x in xs])
@@ -81,18 +101,18 @@ def _openvino(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[s
     yield "openvino, f32", run
 
 
-def _torch_export(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Runner]]:
-    program = to_exported_program(module, inputs).module()
+def _torch_export(target: Target) -> Iterator[tuple[str, Runner]]:
+    program = target.program.module()
     yield "torch.export", lambda *xs: _flat(program(*xs))
 
 
-def _torch_compile(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Runner]]:
+def _torch_compile(target: Target) -> Iterator[tuple[str, Runner]]:
     torch._dynamo.reset()
-    target: Any = exportable(module, inputs)
-    if any(getattr(m.forward, "compile_by_export", False) for m in target.modules()):
+    module: Any = exportable(target.module, target.inputs)
+    if any(getattr(m.forward, "compile_by_export", False) for m in module.modules()):
         # Dynamo cannot enter NNCF's function mode (nncf 3.4): compile what torch.export makes of such a model
-        target = to_exported_program(module, inputs).module()
-    compiled_module = torch.compile(target, fullgraph=True)
+        module = target.program.module()
+    compiled_module = torch.compile(module, fullgraph=True)
 
     def run(*xs: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -101,7 +121,7 @@ def _torch_compile(module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tu
     yield "torch.compile (inductor)", run
 
 
-BACKENDS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Iterator[tuple[str, Runner]]]] = {
+BACKENDS: dict[str, Callable[[Target], Iterator[tuple[str, Runner]]]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "torch.export": _torch_export,
@@ -109,13 +129,12 @@ BACKENDS: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Iterator[tuple[str
 }
 
 
-def compiled(backend: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Runner]]:
+def compiled(backend: str, target: Target) -> Iterator[tuple[str, Runner]]:
     """Compile a module for a backend.
 
     Args:
         backend: a name in BACKENDS.
-        module: what `to_onnx` takes.
-        inputs: example inputs.
+        target: the module and its example inputs.
 
     Yields:
         (variant, function from input tensors to the flat list of output tensors).
@@ -125,4 +144,4 @@ def compiled(backend: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Ite
     """
     if backend not in BACKENDS:
         raise UnsupportedCombination(f"backend {backend!r}: one of {', '.join(map(repr, BACKENDS))}.")
-    yield from BACKENDS[backend](module, inputs)
+    yield from BACKENDS[backend](target)

@@ -20,7 +20,7 @@ from dqa_plugins.methods import DQA, DenseSparse, NoisyQuant
 from dqa_plugins.qparams import lay_out
 from dqa_plugins.quantizer import ActivationQuantizer
 
-from .backends import compiled
+from .backends import Target, compiled
 from .lean import LeanQuantizer
 from .program import as_inputs, exportable
 
@@ -117,7 +117,64 @@ class _Side(nn.Module):
         return [q(x) for q, x in zip(self.quantizers, xs, strict=True)]
 
 
-@torch.no_grad()
+class Comparison:
+    """A converted model and what torch computes with it, ready to be held against one backend after the other.
+
+    The exported programs and ONNX files are made once, whatever the number of backends.
+
+    Args:
+        model: converted by any adapter.
+        inputs: a batch of real inputs (a tensor or a tuple of them), the more samples the better.
+
+    Raises:
+        UncalibratedQuantizer: a quantizer is not frozen.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self.inputs = as_inputs(inputs)
+        ready = exportable(model, self.inputs)
+        tapped = _Tapped(copy.deepcopy(ready))
+        expected, self.outputs = tapped(*self.inputs)
+        self.expected = _outputs(expected)
+        self.calls = list(tapped.calls)
+        self.names: list[str] = []
+        seen: dict[str, int] = {}
+        for quantizer, _, _ in self.calls:
+            name = quantizer.original.name or "quantizer"
+            seen[name] = seen.get(name, -1) + 1
+            self.names.append(f"{name} (call {seen[name] + 1})" if seen[name] else name)
+        side = _Side([LeanQuantizer(quantizer.original, quantizer.ranks) for quantizer, _, _ in self.calls])
+        self.tensors = tuple(call[1].contiguous() for call in self.calls)
+        self.side, self.plain = Target(side, self.tensors), Target(ready, self.inputs)
+        self.tapped = Target(tapped, self.inputs)
+
+    @torch.no_grad()
+    def against(self, backend: str) -> list[BackendParity]:
+        """One BackendParity per variant of a backend.
+
+        Args:
+            backend: a name in `backends.BACKENDS`.
+
+        Raises:
+            ExportFailed, MissingDependency, UnsupportedCombination.
+        """
+        own = {
+            variant: [
+                QuantizerParity(name, *_parity(quantizer.original, x, y, z))
+                for name, (quantizer, x, y), z in zip(self.names, self.calls, run(*self.tensors), strict=True)
+            ]
+            for variant, run in (compiled(backend, self.side) if self.calls else ())
+        }
+        plain = {variant: run(*self.inputs) for variant, run in compiled(backend, self.plain)}
+        found = []
+        for variant, run in compiled(backend, self.tapped):
+            taps = run(*self.inputs)[-len(self.calls) :] if self.calls else []
+            network = _network(self.expected, plain[variant], self.calls, self.outputs, taps)
+            found.append(BackendParity(variant, own.get(variant, []), network))
+        return found
+
+
 def compare_backends(model: nn.Module, inputs: Any, backends: Sequence[str] = ("onnxruntime",)) -> list[BackendParity]:
     """Run a converted model on other backends and compare with torch.
 
@@ -132,34 +189,8 @@ def compare_backends(model: nn.Module, inputs: Any, backends: Sequence[str] = ("
     Raises:
         UncalibratedQuantizer, ExportFailed, MissingDependency, UnsupportedCombination.
     """
-    inputs = as_inputs(inputs)
-    ready = exportable(model, inputs)
-    tapped = _Tapped(copy.deepcopy(ready))
-    expected, outputs = tapped(*inputs)
-    calls = list(tapped.calls)
-    names: list[str] = []
-    seen: dict[str, int] = {}
-    for quantizer, _, _ in calls:
-        name = quantizer.original.name or "quantizer"
-        seen[name] = seen.get(name, -1) + 1
-        names.append(f"{name} (call {seen[name] + 1})" if seen[name] else name)
-    side = _Side([LeanQuantizer(quantizer.original, quantizer.ranks) for quantizer, _, _ in calls])
-    found = []
-    for backend in backends:
-        xs = tuple(call[1].contiguous() for call in calls)
-        own = {
-            variant: [
-                QuantizerParity(name, *_parity(quantizer.original, x, y, z))
-                for name, (quantizer, x, y), z in zip(names, calls, run(*xs), strict=True)
-            ]
-            for variant, run in (compiled(backend, side, xs) if calls else ())
-        }
-        plain = {variant: run(*inputs) for variant, run in compiled(backend, ready, inputs)}
-        for variant, run in compiled(backend, tapped, inputs):
-            taps = run(*inputs)[-len(calls) :] if calls else []
-            network = _network(_outputs(expected), plain[variant], calls, outputs, taps)
-            found.append(BackendParity(variant, own.get(variant, []), network))
-    return found
+    comparison = Comparison(model, inputs)
+    return [parity for backend in backends for parity in comparison.against(backend)]
 
 
 def _outputs(value: Any) -> list[Tensor]:

@@ -35,6 +35,13 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def _require_onnxscript() -> None:
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise missing("onnxscript", "onnx", "to_onnx") from error
+
+
 def to_onnx(
     model: nn.Module,
     example_inputs: Any,
@@ -71,15 +78,23 @@ def to_onnx(
         raise ExportFailed(f"opset={opset!r}: torch's exporter writes opset {MIN_OPSET} to {MAX_OPSET}.")
     if form not in ("float", "qdq"):
         raise ExportFailed(f"form={form!r}: one of 'float', 'qdq'.")
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise missing("onnxscript", "onnx", "to_onnx") from error
+    _require_onnxscript()
     path = Path(path)
     if not path.parent.is_dir():
         raise ExportFailed(f"{path}: the folder {path.parent} does not exist.")
     finish = (lambda ready: to_qdq(ready, opset)) if form == "qdq" else None
     program = to_exported_program(model, example_inputs, dynamic_batch=dynamic_batch, finish=finish)
+    return write_onnx(program, path, opset)
+
+
+def write_onnx(program: Any, path: Path, opset: int = 21) -> Path:
+    """Write an ExportedProgram as an ONNX file, or nothing at all.
+
+    Raises:
+        ExportFailed: the ONNX exporter failed.
+        MissingDependency: onnx or onnxscript is not installed.
+    """
+    _require_onnxscript()
     partial = path.with_name(path.name + ".part")
     try:
         with _quiet(), torch.no_grad():

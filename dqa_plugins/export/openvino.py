@@ -31,6 +31,15 @@ def require_openvino() -> Any:
     return openvino
 
 
+def read_onnx(file: Path) -> Any:
+    """An ONNX file as an openvino.Model that owns its weights: the file may go.
+
+    Raises:
+        MissingDependency: openvino is not installed.
+    """
+    return require_openvino().convert_model(str(file)).clone()
+
+
 def to_openvino(
     model: nn.Module,
     example_inputs: Any,
@@ -60,10 +69,8 @@ def to_openvino(
         raise ExportFailed(f"{path}: OpenVINO saves a model as .xml (and .bin beside it).")
     with tempfile.TemporaryDirectory() as folder:
         file = to_onnx(model, example_inputs, Path(folder) / "model.onnx", dynamic_batch=dynamic_batch)
-        converted = ov.convert_model(str(file))
+        converted = read_onnx(file)
         if path is not None:
             # the default would round weights, and scales, to float16
             ov.save_model(converted, str(path), compress_to_fp16=False)
-        else:
-            converted = converted.clone()  # owns its weights once the file is gone
     return converted

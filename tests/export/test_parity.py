@@ -71,9 +71,9 @@ def test_the_comparison_sees_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) ->
     """A backend that rounds up instead of to even, and one that is off by a step, must not pass."""
     from dqa_plugins.export import backends
 
-    def wrong(module: Any, example: Any) -> Any:
+    def wrong(target: Any) -> Any:
         def run(*xs: torch.Tensor) -> list[torch.Tensor]:
-            flat = backends._flat(module(*xs))
+            flat = backends._flat(target.module(*xs))
             return [y + 0.3 * (y == y.max()) for y in flat]
 
         yield "wrong", run

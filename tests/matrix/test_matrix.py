@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import ActivationQuantizer
-from dqa_plugins.export import compare_backends
+from dqa_plugins.export.compare import Comparison
 from tests.matrix.rooms import METHODS, ROOMS, SITES, SOURCES, batches, methods, net, sites
 
 BACKENDS = ("onnxruntime", "openvino", "torch.export", "torch.compile")
@@ -141,8 +141,14 @@ def _other_process(adapter: str, source: str, folder: str) -> dict[str, Tensor]:
 
 
 @functools.cache
+def _comparison(adapter: str, source: str) -> Comparison:
+    """The exported programs and ONNX files are shared by the backends."""
+    return Comparison(converted(adapter, source), batches(1, 16, 23)[0])
+
+
+@functools.cache
 def _backend(adapter: str, source: str, backend: str) -> list[Any]:
-    return compare_backends(converted(adapter, source), batches(1, 16, 23)[0], backends=(backend,))
+    return _comparison(adapter, source).against(backend)
 
 
 @pytest.mark.slow
