@@ -1,30 +1,31 @@
 """Accuracy against stored bits: what it costs in memory to keep the shortcuts of a network within half a point.
 
-    python -m examples.reproductions.stored_bits --json out/stored_bits.json --plot out/stored_bits.png
+    python -m examples.reproductions.stored_bits --out out/reproductions [--quick] [--network resnet32]
 
-For every method and bit width: calibrate on 256 training images (a seed draws them), convert, run the test images
-through the stored model and count `nbytes` of every packed tensor, all side information and the tables (once) in.
-Only stored activations are quantized; weights and all else stay float. The networks are trained on small stand-in data:
-nothing here replicates a paper's number.
+For every method and bit width: calibrate (the run draws the subset), convert, run the test inputs through the stored
+model and count `nbytes` of every packed tensor, all side information and the tables (once) in. Only stored activations
+are quantized; weights and all else stay float. ResNet-32 and MobileNetV2: test accuracy on digits, 256 calibration
+images. EfficientNet-Lite0: top-1 agreement with FP32 on photo crops, in place of ImageNet. The networks and data are
+stand-ins: nothing here replicates a paper's number.
 
 Methods:
     direct          Direct as in the DQA paper: signed, one scale per tensor, fixed-length codes
-    rival           unsigned (after ReLU) Direct with one scale per channel, fixed-length codes
+    rival           Direct, unsigned where no value is negative, one scale per channel, fixed-length codes
     rival_joint     the same with the entropy coder of this package: the one to beat
     dqa_paper       DQA in the paper's layout: n bits fixed, shift errors Huffman coded
     dqa_joint       the same values, whole codes entropy coded
-    dqa_channel     DQA with unsigned codes and one scale per channel, whole codes entropy coded
     allocated       allocate_bits: a per-channel step chosen by the gradient of the loss, whole codes entropy coded
+
+With --network the results of other networks that <out>/stored_bits.json holds are kept.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import statistics
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,138 +33,217 @@ from torch import Tensor, nn
 
 from dqa_plugins import DQA, Direct
 from dqa_plugins.methods import Method
-from dqa_plugins.storage import allocate_bits, convert_stored, prepare_stored, storage_report
+from dqa_plugins.storage import PackedActivation, allocate_bits, convert_stored, prepare_stored
+from dqa_plugins.storage.places import Pack
 from examples.networks import load
-from examples.networks.digits import calibration_subset, load_split
+from examples.reproductions.common import Options, axes, mean_std, parse, run_jobs, save, show, write
 
-TARGETS = (0.8, 1.0, 1.2, 1.35, 1.45, 1.6, 2.0, 2.5)
+NETWORKS = ("resnet32", "mobilenetv2", "efficientnet_lite0")
+CURVES = ("direct", "rival", "rival_joint", "dqa_paper", "dqa_joint", "allocated")
+TARGETS = (0.8, 1.0, 1.2, 1.35, 1.5, 1.75, 2.2)
 POINTS = 0.5  # the goal: within this many points of FP32
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t, seeds - 1 degrees
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+_STYLES = {
+    "direct": ("tab:gray", "s", ":"),
+    "rival": ("tab:blue", "^", ":"),
+    "rival_joint": ("tab:blue", "^", "-"),
+    "dqa_paper": ("tab:orange", "o", ":"),
+    "dqa_joint": ("tab:orange", "o", "-"),
+    "allocated": ("tab:red", "D", "-"),
+}
 
 
-def candidates() -> list[tuple[str, str, Method, str, float | None]]:
-    """(curve, label, method, coding, target bits) of every point."""
-    points: list[tuple[str, str, Method, str, float | None]] = []
-    for bits in (2, 3, 4, 5, 6):
-        paper = {"bits": bits, "extra_bits": min(3, bits), "ratio": 0.4}
-        points += [
-            ("direct", f"n={bits}", Direct(bits=bits, signed=True), "none", None),
-            ("rival", f"n={bits}", Direct(bits=bits, granularity="channel"), "none", None),
-            ("rival_joint", f"n={bits}", Direct(bits=bits, granularity="channel"), "joint", None),
-            ("dqa_paper", f"n={bits}", DQA(**paper, signed=True), "shift_error", None),
-            ("dqa_joint", f"n={bits}", DQA(**paper, signed=True), "joint", None),
-            ("dqa_channel", f"n={bits}", DQA(**paper, granularity="channel"), "joint", None),
-        ]
-    points += [("allocated", f"target={t}", DQA(bits=4, granularity="channel"), "joint", t) for t in TARGETS]
-    return points
+@dataclass(frozen=True)
+class Task:
+    """A network with its data, as one run sees them."""
+
+    model: nn.Module
+    metric: str
+    calibration: Tensor
+    labels: Tensor
+    test: Tensor
+    answers: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Samples of one pass: what keeps the memory of the larger network in bounds."""
+        return 1024 if self.test.shape[-1] < 64 else 28
 
 
-def test_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy in percent."""
-    return float((model(images).argmax(1) == labels).double().mean() * 100)
-
-
-def evaluate(network: str, seeds: int, curves: list[str] | None = None) -> dict[str, Any]:
-    """All points of one network."""
+def task(network: str, run: int, quick: bool) -> Task:
+    """Load a network, and draw the calibration data of a run."""
     model, _ = load(network)
+    if network == "efficientnet_lite0":
+        from examples.networks.efficientnet_lite import normalize
+        from examples.networks.photos import photo_crops
+
+        test = normalize(photo_crops(4 if quick else 8, seed=1000))
+        calibration = normalize(photo_crops(4, seed=run))
+        with torch.no_grad():
+            labels, answers = model(calibration).argmax(1), model(test).argmax(1)
+        return Task(model, "top-1 agreement with FP32", calibration, labels, test, answers)
+    from examples.networks.digits import calibration_subset, load_split
+
     split = load_split()
+    images, labels = calibration_subset(split, 256, run)
+    return Task(model, "test accuracy", images, labels, split.test_images, split.test_labels)
+
+
+def score(model: nn.Module, data: Task) -> tuple[float, float]:
+    """(percent right, stored bits per activation, tables included) over the test inputs."""
+    held = {"bytes": 0, "elements": 0}
+
+    def note(_: nn.Module, __: Any, packed: Any) -> None:
+        if isinstance(packed, PackedActivation):
+            held["bytes"] += packed.nbytes
+            held["elements"] += packed.numel
+
+    packers = [m for m in model.modules() if isinstance(m, Pack)]
+    handles = [m.register_forward_hook(note) for m in packers]
     with torch.no_grad():
-        reference = test_accuracy(model, split.test_images, split.test_labels)
+        outputs = torch.cat([model(x) for x in data.test.split(data.batch)])
+    for handle in handles:
+        handle.remove()
+    tables = sum(len(m.get_extra_state()) for m in packers)
+    right = float((outputs.argmax(1) == data.answers).double().mean() * 100)
+    return right, 8 * (held["bytes"] + tables) / max(held["elements"], 1)
+
+
+def settings() -> list[tuple[Method, float | None, dict[str, str]]]:
+    """(method, target bits, {curve: coding}) of every calibration."""
+    found: list[tuple[Method, float | None, dict[str, str]]] = []
+    for bits in (2, 3, 4, 5, 6):
+        paper = DQA(bits=bits, extra_bits=min(3, bits), ratio=0.4, signed=True)
+        rival = Direct(bits=bits, granularity="channel")
+        found += [
+            (Direct(bits=bits, signed=True), None, {"direct": "none"}),
+            (rival, None, {"rival": "none", "rival_joint": "joint"}),
+            (paper, None, {"dqa_paper": "shift_error", "dqa_joint": "joint"}),
+        ]
+    return found + [(DQA(bits=4, granularity="channel"), t, {"allocated": "joint"}) for t in TARGETS]
+
+
+def evaluate(network: str, run: int, quick: bool) -> dict[str, Any]:
+    """All points of one network for one run: {"fp32": percent, "points": {curve: {label: (percent, bits)}}}."""
+    data = task(network, run, quick)
+    points: dict[str, dict[str, tuple[float, float]]] = {curve: {} for curve in CURVES}
+    for method, target, codings in settings():
+        prepared = prepare_stored(data.model, method, data.calibration[:2])
+        with torch.no_grad():
+            for x in data.calibration.split(data.batch):
+                prepared(x)
+        if target is not None:
+            size = min(64, data.batch)
+            pairs = zip(data.calibration.split(size), data.labels.split(size), strict=True)
+            allocate_bits(prepared, pairs, target)
+        for curve, coding in codings.items():
+            label = f"n={method.bits}" if target is None else f"target {target}"
+            points[curve][label] = score(convert_stored(prepared, coding), data)
+    return {"metric": data.metric, "fp32": score(data.model, data)[0], "points": points}
+
+
+def summarize(network: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over runs with a 95% interval of the mean (Student's t), and the bits that each curve needs."""
     rows = []
-    for curve, label, method, coding, target in candidates():
-        if curves and curve not in curves:
-            continue
-        accuracies, bits, start = [], [], time.perf_counter()
-        for seed in range(seeds):
-            images, labels = calibration_subset(split, 256, seed)
-            prepared = prepare_stored(model, method, images[:2])
-            with torch.no_grad():
-                prepared(images)
-            if target is not None:
-                pairs = zip(images.split(64), labels.split(64), strict=True)
-                allocate_bits(prepared, pairs, target)
-            with torch.no_grad():
-                stored = convert_stored(prepared, coding)
-                accuracies.append(test_accuracy(stored, split.test_images, split.test_labels))
-                bits.append(storage_report(stored, split.test_images).bits_per_activation)
-        half = T_95.get(seeds, 2.0) * statistics.stdev(accuracies) / math.sqrt(seeds) if seeds > 1 else 0.0
-        row = {
-            "network": network,
-            "curve": curve,
-            "label": label,
-            "accuracy_percent": statistics.mean(accuracies),
-            "accuracy_interval_95": half,
-            "stored_bits": statistics.mean(bits),
-            "seconds": time.perf_counter() - start,
-        }
-        rows.append(row)
-    return {"network": network, "accuracy_percent_fp32": reference, "points": rows, "needed": needed(rows, reference)}
+    for curve in CURVES:
+        for label in runs[0]["points"][curve]:
+            percents, bits = zip(*(r["points"][curve][label] for r in runs), strict=True)
+            found = mean_std(percents)
+            half = T_95.get(len(runs), 2.0) * found.std / math.sqrt(len(runs)) if len(runs) > 1 else None
+            rows.append(
+                {
+                    "curve": curve,
+                    "label": label,
+                    "percent": found.mean,
+                    "interval_95": half,
+                    "stored_bits": mean_std(bits).mean,
+                    "percent_by_run": list(percents),
+                    "stored_bits_by_run": list(bits),
+                }
+            )
+    reference = runs[0]["fp32"]
+    return {
+        "network": network,
+        "metric": runs[0]["metric"],
+        "percent_fp32": reference,
+        "runs": len(runs),
+        "needed_bits": needed(rows, reference),
+        "points": rows,
+    }
 
 
 def needed(rows: list[dict[str, Any]], reference: float) -> dict[str, float | None]:
-    """Fewest stored bits of each curve within POINTS of FP32; None where no point is."""
-    found: dict[str, float | None] = {}
+    """Fewest stored bits of each curve whose mean is within POINTS of FP32; None where no point is."""
+    found: dict[str, float | None] = dict.fromkeys(CURVES)
     for row in rows:
-        found.setdefault(row["curve"], None)
         best = found[row["curve"]]
-        if row["accuracy_percent"] >= reference - POINTS and (best is None or row["stored_bits"] < best):
+        if row["percent"] >= reference - POINTS and (best is None or row["stored_bits"] < best):
             found[row["curve"]] = row["stored_bits"]
     return found
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
+def draw(results: list[dict[str, Any]], options: Options) -> None:
     """One panel per network."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4.2), squeeze=False)
-    for axis, result in zip(axes[0], results, strict=True):
-        for curve in dict.fromkeys(row["curve"] for row in result["points"]):
+    figure, panels = axes(len(results), width=5.8, height=4.6)
+    for axis, result in zip(panels, results, strict=True):
+        reference = result["percent_fp32"]
+        for curve in CURVES:
             rows = sorted((r for r in result["points"] if r["curve"] == curve), key=lambda r: r["stored_bits"])
+            color, marker, line = _STYLES[curve]
             axis.errorbar(
                 [r["stored_bits"] for r in rows],
-                [r["accuracy_percent"] for r in rows],
-                [r["accuracy_interval_95"] for r in rows],
-                marker="o",
-                markersize=3,
-                capsize=2,
-                label=curve,
-            )
-        reference = result["accuracy_percent_fp32"]
-        axis.axhline(reference, color="black", linewidth=0.8)
-        axis.axhline(reference - POINTS, color="black", linewidth=0.8, linestyle=":")
-        axis.set_ylim(max(reference - 15, 0), reference + 1)
-        axis.set_xlim(0.5, 7)
+                [r["percent"] for r in rows],
+                [r["interval_95"] or 0.0 for r in rows],
+                color=color, marker=marker, linestyle=line, markersize=4, capsize=2, linewidth=1.3, label=curve,
+            )  # fmt: skip
+        axis.axhline(reference, color="black", linewidth=0.8, label="FP32")
+        axis.axhline(reference - POINTS, color="black", linewidth=0.8, linestyle="--", label=f"FP32 - {POINTS}")
+        lowest = reference - (8 if result["metric"] == "test accuracy" else 30)
+        axis.set_ylim(lowest, reference + 0.1 * (reference - lowest))
+        axis.set_xlim(0.6, 8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([0.75, 1, 1.5, 2, 3, 4, 6, 8], ["0.75", "1", "1.5", "2", "3", "4", "6", "8"])
         axis.set_xlabel("stored bits per activation, tables included")
-        axis.set_ylabel("test accuracy, %")
-        axis.set_title(f"{result['network']} (digits)")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+        axis.set_ylabel(f"{result['metric']}, %")
+        data = "photo crops" if result["network"] == "efficientnet_lite0" else "digits"
+        axis.set_title(f"{result['network']} on {data}, {result['runs']} calibrations")
+    panels[-1].legend(fontsize=8, loc="lower right")
+    save(figure, options, "stored_bits")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--networks", nargs="+", default=["resnet32", "mobilenetv2"])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--curves", nargs="+", help="only these methods")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--plot", type=Path, help="write the plot here")
-    arguments = parser.parse_args()
-    results = [evaluate(network, arguments.seeds, arguments.curves) for network in arguments.networks]
-    for result in results:
-        print(f"{result['network']}: FP32 {result['accuracy_percent_fp32']:.2f}%")
-        for row in result["points"]:
-            print(
-                f"  {row['curve']:12s} {row['label']:11s} {row['stored_bits']:6.3f} bits  "
-                f"{row['accuracy_percent']:6.2f} +- {row['accuracy_interval_95']:.2f} %"
-            )
-        print("  stored bits needed:", {k: None if v is None else round(v, 2) for k, v in result["needed"].items()})
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-    if arguments.plot:
-        plot(results, arguments.plot)
+def table(result: dict[str, Any]) -> None:
+    """Print one network."""
+    rows: list[Sequence[Any] | None] = []
+    for curve in CURVES:
+        for row in (r for r in result["points"] if r["curve"] == curve):
+            half = "" if row["interval_95"] is None else f"± {row['interval_95']:.2f}"
+            rows.append((curve, row["label"], f"{row['stored_bits']:.3f}", f"{row['percent']:.2f}", half))
+        best = result["needed_bits"][curve]
+        rows.append((curve, f"within {POINTS}", "-" if best is None else f"{best:.2f}", "", ""))
+        rows.append(None)
+    title = f"{result['network']}: {result['metric']} %, FP32 {result['percent_fp32']:.2f}, {result['runs']} runs"
+    show(title, ("curve", "setting", "stored bits", "%", "95%"), rows, text=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run, print, draw and write."""
+    started = time.perf_counter()
+    options = parse(__doc__, arguments, runs=(5, 2), networks=NETWORKS)
+    if options.data is not None:
+        raise SystemExit("stored_bits runs on stand-ins only: --data is not read")
+    path = options.out / "stored_bits.json"
+    kept = json.loads(path.read_text())["networks"] if options.network and path.is_file() else []
+    networks = (options.network,) if options.network else NETWORKS
+    jobs = [(network, run, options.quick) for network in networks for run in range(options.runs)]
+    found = run_jobs(evaluate, jobs, options, "run")
+    results = {r["network"]: r for r in kept}
+    for k, network in enumerate(networks):
+        results[network] = summarize(network, found[k * options.runs : (k + 1) * options.runs])
+    ordered = [results[network] for network in NETWORKS if network in results]
+    for result in ordered:
+        table(result)
+    draw(ordered, options)
+    write(options, "stored_bits", {"goal_points": POINTS, "networks": ordered}, started)
 
 
 if __name__ == "__main__":
