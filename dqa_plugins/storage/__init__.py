@@ -5,6 +5,7 @@ packed.unpack()                                  # exactly what the quantizer wo
 """
 
 from .allocation import allocate_bits
+from .books import calibrate_tables
 from .bound import storage_bound
 from .codebook import Codebook
 from .engine import get_threads, set_threads
@@ -33,6 +34,7 @@ __all__ = [
     "UnknownCoding",
     "UnsupportedFrame",
     "allocate_bits",
+    "calibrate_tables",
     "convert_stored",
     "get_threads",
     "pack",

@@ -11,7 +11,6 @@ layer. Its data section is, in this order (docs/storage_format.md):
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,19 +20,18 @@ from torch import Tensor
 
 from .. import functional as F
 from ..errors import NonFiniteInput
-from ..methods import DQA
 from ..quantizer import ActivationQuantizer
 from . import codec
-from .codebook import Codebook, build_codebook, check_coding, check_quantizer
+from .books import codebook_for
+from .codebook import Codebook, check_coding, check_quantizer
 from .errors import CorruptFrame, NotPackable
 from .frame import HEADER, read_frame, write_frame
 from .layer import write_codebook
 from .layout import Layout
 from .outliers import decode_positions, encode_positions
-from .strips import take_strips, whole_codes
+from .strips import whole_codes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_codebooks: weakref.WeakKeyDictionary[ActivationQuantizer, dict[str, Codebook]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,39 +120,6 @@ class PackedActivation:
         )
 
 
-def codebook_for(quantizer: ActivationQuantizer, coding: str, x: Tensor | None = None) -> Codebook:
-    """The codebook of a quantizer: made once for each coding, from the first tensor that is packed.
-
-    `storage.convert_stored` makes them from calibration data instead.
-    """
-    check_coding(coding)
-    check_quantizer(quantizer)
-    books = _codebooks.setdefault(quantizer, {})
-    book = books.get(coding)
-    if book is None or _stale(book, quantizer):
-        strips = None if x is None or x.numel() == 0 or coding == "none" else take_strips(x, quantizer)
-        book = build_codebook(quantizer, coding if strips is not None else "none", strips)
-        if strips is not None or coding == "none":
-            books[coding] = book
-    return book
-
-
-def set_codebook(quantizer: ActivationQuantizer, coding: str, codebook: Codebook) -> None:
-    """Use this codebook wherever the quantizer packs with this coding."""
-    _codebooks.setdefault(quantizer, {})[coding] = codebook
-
-
-def _stale(book: Codebook, quantizer: ActivationQuantizer) -> bool:
-    """Whether the quantizer's parameters have changed since (QAT, a loaded state_dict)."""
-    for name in ("scale", "lower", "upper"):
-        mine, theirs = getattr(book, name), getattr(quantizer, name)
-        if mine is not None and (mine.shape != theirs.shape or not torch.equal(mine, theirs.cpu())):
-            return True
-    if isinstance(quantizer.method, DQA) and not torch.equal(book.extra_bits, quantizer.extra_bits.cpu()):
-        return True
-    return book.kind == "noise" and not torch.equal(book.noise, quantizer.noise.cpu())
-
-
 @torch.no_grad()
 def pack(
     x: Tensor,
@@ -171,7 +136,9 @@ def pack(
         quantizer: frozen.
         coding: "none": fixed width; "shift_error": the DQA paper's, shift errors entropy coded; "joint": whole codes
             entropy coded; "auto": the smallest.
-        codebook: entropy tables; None: those of this quantizer and coding, made from the first tensor packed.
+        codebook: entropy tables; None: those of this quantizer and coding. `calibrate_tables` makes them from
+            calibration tensors. Without it they are made from the first tensor packed, because freezing forgets the
+            calibration data: what follows is packed right whatever the tables, but smaller if it is like the first.
         source: dynamic parameters are taken from this tensor, of which x is a subsample; None: from x.
 
     Returns:

@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant
-from dqa_plugins.errors import ChannelMismatch, NonFiniteInput
-from dqa_plugins.storage import NotPackable, PackedActivation, UnknownCoding, pack, set_threads
+from dqa_plugins.errors import ChannelMismatch, NonFiniteInput, UncalibratedQuantizer
+from dqa_plugins.storage import (
+    NotPackable,
+    PackedActivation,
+    UnknownCoding,
+    calibrate_tables,
+    pack,
+    set_threads,
+)
 from tests.storage.cases import CODINGS, DTYPES, frozen, quantizer_for, tensor
 
 
@@ -182,6 +189,35 @@ def test_codebook_follows_the_quantizer() -> None:
     assert_same(first.unpack(), PackedActivation.from_bytes(first.to_bytes()).unpack())
     twin = copy.deepcopy(quantizer)
     assert_same(pack(x, twin, "joint").unpack(), quantizer(x))
+
+
+def test_tables_from_calibration_tensors() -> None:
+    """Tables made beforehand do not depend on which tensor is packed first, and fit later ones better."""
+    smooth, other = tensor((8, 6, 40, 40), 0, "relu"), tensor((8, 6, 40, 40), 1, "relu")
+    quantizer = quantizer_for(DQA(bits=4), smooth)
+    odd = torch.zeros_like(smooth)
+    book = calibrate_tables(quantizer, [smooth[:4], smooth[4:]], "joint")
+    assert pack(odd, quantizer, "joint").codebook is book
+    calibrated = pack(other, quantizer, "joint")
+    assert calibrated.codebook is book
+    assert_same(calibrated.unpack(), quantizer(other))
+    accidental = quantizer_for(DQA(bits=4), smooth)
+    pack(odd, accidental, "joint")
+    assert calibrated.nbytes < pack(other, accidental, "joint").nbytes
+    with pytest.raises(UncalibratedQuantizer, match="no values"):
+        calibrate_tables(quantizer, torch.empty(0, 6, 4, 4))
+    with pytest.raises(ChannelMismatch):
+        calibrate_tables(quantizer, torch.zeros(2, 5, 4, 4))
+
+
+def test_a_negative_zero_is_stored_as_zero() -> None:
+    """Fake quantization of a small negative value gives -0.0; unpacking gives 0.0, which compares equal."""
+    x = torch.tensor([[-0.01, 1.0, -1.0]])
+    quantizer = quantizer_for(Direct(bits=4, signed=True), x)
+    assert torch.signbit(quantizer(x))[0, 0]
+    found = pack(x, quantizer, "none").unpack()
+    assert torch.equal(found, quantizer(x))
+    assert not torch.signbit(found)[0, 0]
 
 
 def test_sparse_tensors_go_below_one_bit() -> None:
