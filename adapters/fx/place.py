@@ -7,7 +7,7 @@ low-bit quantizers:
 - a clamp (ReLU, ReLU6, Hardtanh) behind its own observer quantizes its output, not its input: FX would let both share
   one observer, whose scale and sign are those of the input;
 - an observer shared by tensors of different channels (both sides of a cat) becomes one per tensor, where the method
-  looks at channels.
+  looks at channels or is predicted.
 """
 
 from __future__ import annotations
@@ -152,7 +152,11 @@ def _separate_channels(model: GraphModule, example_inputs: Any) -> None:
     users: dict[int, list[tuple[Node, FXObserver]]] = {}
     for node, observer in observer_nodes(model):
         users.setdefault(id(observer), []).append((node, observer))
-    shared = [calls for calls in users.values() if len(calls) > 1 and calls[0][1].quantizer.uses_channels]
+    shared = [calls for calls in users.values() if len(calls) > 1 and _looks_closer(calls[0][1])]
+    for calls in [c for c in shared if c[0][1].quantizer.predictor is not None]:
+        for node, observer in calls[1:]:  # what is predicted for one tensor says nothing of another
+            _own(node, observer, model)
+    shared = [calls for calls in shared if calls[0][1].quantizer.predictor is None]
     if not shared:
         return
     shapes = _shapes(model, example_inputs)
@@ -173,6 +177,10 @@ def _separate_channels(model: GraphModule, example_inputs: Any) -> None:
                 node.target = next(n.target for n, o in calls if observer_of(n, model) is seen[key])
             else:
                 seen[key] = _own(node, observer, model)
+
+
+def _looks_closer(observer: FXObserver) -> bool:
+    return observer.quantizer.uses_channels or observer.quantizer.predictor is not None
 
 
 class _ShapeRecorder(Interpreter):

@@ -295,6 +295,10 @@ def _separate_channels(ordered: list[Call], producer: dict[Node, Unit]) -> None:
     for call in ordered:
         members.setdefault(call.group, []).append(call)
     for group, sharing in members.items():
+        if group.method.source == "predicted":
+            for call in sharing[1:]:  # what is predicted for one tensor says nothing of another
+                call.group = Group(group.method)
+            continue
         if len(sharing) == 1 or not ActivationQuantizer(group.method).uses_channels:
             continue
         seen: dict[Any, Group] = {}

@@ -27,6 +27,7 @@ class LeanPredictor(nn.Module):
         for name in ("weight", "bias", "logarithmic", "low", "high"):
             self.register_buffer(name, getattr(predictor, name))
         self.mode, self.groups, self.note = predictor.mode, predictor.groups, predictor.note
+        self.own = predictor.own
 
     def forward(self, features: Tensor, *notes: Tensor) -> Tensor:
         """As `Predictor.forward`."""

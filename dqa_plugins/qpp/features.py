@@ -12,12 +12,21 @@ from torch import Tensor, nn
 from dqa_plugins.grid import cast, compute_dtype
 from dqa_plugins.methods import Method
 from dqa_plugins.qparams import lay_out
-from dqa_plugins.statistics import quantiles
+from dqa_plugins.statistics import extents, quantiles
 
 LEVELS = (0.9, 0.99, 0.999)
-SITE_FEATURES = len(LEVELS) + 2
+PAPER_FEATURES = len(LEVELS) + 2
+RAW_LEVELS = (0.001, 0.01, 0.1, 0.5, 0.99)
+SLOPES = 2 * (len(LEVELS) + 1)
+EXTENDED_FEATURES = PAPER_FEATURES + SLOPES + len(RAW_LEVELS) + 2
 NOTE_FEATURES = 2
+MOST_CHANNELS = 64  # channels of a note; more are averaged in groups
 SMALLEST = 1e-12  # floor of what a logarithm is taken of
+
+
+def site_size(mode: str) -> int:
+    """Number of features of a site."""
+    return PAPER_FEATURES if mode == "paper" else EXTENDED_FEATURES
 
 
 def log(x: Tensor) -> Tensor:
@@ -26,23 +35,64 @@ def log(x: Tensor) -> Tensor:
 
 
 def site_features(x: Tensor, mode: str) -> Tensor:
-    """The features of a site's tensor (QPP paper, eq. 13): three quantiles, mean, maximum.
+    """The features of a site's tensor, taken before it is quantized.
 
     Args:
-        x: (B, ...) floating point, the tensor before it is quantized.
-        mode: "paper": of x; "extended": logarithms of those of |x|.
+        x: (B, ...) floating point.
+        mode: "paper": 0.9, 0.99 and 0.999 quantile, mean and maximum (QPP paper, eq. 13 and section 8). "extended":
+            logarithms of those of |x|, and of the same of the differences between neighbours in height and width
+            (contrast); low quantiles, median, mean and standard deviation as they are.
 
     Returns:
-        (B, 5) float64.
+        (B, 5) or (B, 20) float64.
     """
-    values = cast(x, compute_dtype(x.dtype)).flatten(1)
-    if mode == "extended":
-        values = values.abs()
-    count = values.shape[1]
-    found = [q.double() for q in quantiles(values, LEVELS)]
-    found += [values.sum(1, dtype=torch.float64) / count, values.amax(1).double()]
-    features = torch.stack(found, 1)
-    return log(features) if mode == "extended" else features
+    values = cast(x, compute_dtype(x.dtype))
+    if mode == "paper":
+        return torch.stack(_summary(values.flatten(1)), 1)
+    logs = _summary(values.abs().flatten(1))
+    for axis in (-1, -2):
+        if x.ndim == 4 and x.shape[axis] > 1:
+            size = x.shape[axis] - 1
+            slope = values.narrow(axis, 1, size) - values.narrow(axis, 0, size)
+            logs += [q + 1e-6 for q in _summary(slope.abs().flatten(1))[:-1]]
+        else:
+            logs += [torch.ones_like(logs[0])] * (len(LEVELS) + 1)
+    flat = values.flatten(1)
+    count = flat.shape[1]
+    mean = flat.sum(1, dtype=torch.float64) / count
+    spread = ((flat.square().sum(1, dtype=torch.float64) / count) - mean.square()).clamp(min=0).sqrt()
+    raw = [q.double() for q in quantiles(flat, RAW_LEVELS)]
+    return torch.cat([log(torch.stack(logs, 1)), torch.stack([*raw, mean, spread], 1)], 1)
+
+
+def _summary(flat: Tensor) -> list[Tensor]:
+    """Quantiles, mean and maximum of (B, N), each (B,) float64."""
+    mean = flat.sum(1, dtype=torch.float64) / flat.shape[1]
+    return [*(q.double() for q in quantiles(flat, LEVELS)), mean, flat.amax(1).double()]
+
+
+def channel_features(x: Tensor, axis: int) -> Tensor:
+    """Logarithms of mean magnitude and of root mean square of each channel.
+
+    Args:
+        x: (B, ...).
+        axis: of the C channels.
+
+    Returns:
+        (B, 2 * min(C, 64)) float64; more channels are averaged in groups of neighbours.
+    """
+    values = x.movedim(axis, 1).flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+    count = values.shape[2]
+    mean = values.abs().sum(2, dtype=torch.float64) / count
+    square = values.square().sum(2, dtype=torch.float64) / count
+    channels = values.shape[1]
+    if channels > MOST_CHANNELS:
+        groups = torch.arange(channels, device=x.device) * MOST_CHANNELS // channels
+        member = (groups[:, None] == torch.arange(MOST_CHANNELS, device=x.device)).double()
+        member = member / member.sum(0)
+        mean, square = mean @ member, square @ member
+    found = [v + 1e-3 * v.mean(1, keepdim=True) for v in (mean, square.sqrt())]
+    return log(torch.cat(found, 1))
 
 
 def outside(x: Tensor, prediction: Tensor, axis: int) -> Tensor:
@@ -69,28 +119,52 @@ class SiteFeatures(nn.Module):
         self.mode = mode
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) to (B, 5) float64."""
+        """(B, ...) to (B, features) float64, see `site_features`."""
         return site_features(x, self.mode)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}"
 
 
-class Note(nn.Module):
-    """What a quantized tensor showed, for the predictions after it: its outliers are counted and stored anyway.
+class Own(nn.Module):
+    """The statistic of the tensor itself, as a module: what the quantizer at a site uses in the extended mode.
 
-    Args:
-        method: of its quantizer.
-        axis: its channel axis.
+    Its features are taken of this very tensor, so nothing is left to predict.
     """
 
     def __init__(self, method: Method, axis: int) -> None:
         super().__init__()
         self.method, self.axis = method, axis
+        self.signed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) to (B, S, G), extents."""
+        return torch.stack(extents(x, self.method, self.signed, self.axis), 1).float()
+
+
+class Note(nn.Module):
+    """What a quantized tensor showed, for the predictions after it: its outliers are counted and stored anyway.
+
+    Args:
+        axis: the channel axis of its quantizer.
+    """
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
 
     def forward(self, x: Tensor, prediction: Tensor) -> Tensor:
-        """x (B, ...), prediction (B, S, G); returns (B, 2) float64, log outlier share and log mean magnitude."""
-        count = x.flatten(1).shape[1]
+        """Log outlier share, log mean magnitude, and the features of each channel.
+
+        Args:
+            x: (B, ...).
+            prediction: (B, S, G).
+
+        Returns:
+            (B, 2 + 2 * min(C, 64)) float64.
+        """
+        flat = x.flatten(1)
+        count = flat.shape[1]
         share = (outside(x, prediction, self.axis) + 1.0) / count
-        mean = x.abs().flatten(1).sum(1, dtype=torch.float64) / count
-        return torch.stack([log(share), log(mean)], 1)
+        mean = flat.abs().sum(1, dtype=torch.float64) / count
+        return torch.cat([torch.stack([log(share), log(mean)], 1), channel_features(x, self.axis)], 1)

@@ -18,7 +18,7 @@ from dqa_plugins.methods import DenseSparse
 
 from .augment import augmentation
 from .bus import Bus
-from .features import SITE_FEATURES
+from .features import NOTE_FEATURES, PAPER_FEATURES, site_size
 from .regression import Fit, least_squares, rank, ridge
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 FEW = 8  # originals: below, no regression
 SMALL = 32  # originals: below, only mean and maximum
-_MEAN_AND_MAX = (SITE_FEATURES - 2, SITE_FEATURES - 1)
+_MEAN_AND_MAX = (PAPER_FEATURES - 2, PAPER_FEATURES - 1)
 _OFFSETS = torch.linspace(-0.3, 0.5, 81, dtype=torch.float64)
 
 
@@ -77,6 +77,7 @@ def static_of(quantizer: ActivationQuantizer) -> Tensor:
 
 def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[str, tuple[Tensor, Tensor]]) -> str:
     record, mode = predictor.record, predictor.mode
+    predictor.own.signed = quantizer.signed
     wanted = targets_of(quantizer)
     groups = wanted.shape[2]
     targets = wanted.flatten(1).double()
@@ -96,14 +97,15 @@ def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[s
                 reason = "left out of the fit, samples are predicted no better than by the mean"
     if reason:
         found = _static(quantizer, logs, design[:, used])
-    weight = torch.zeros(predictor.num_features, scaled.shape[1], dtype=torch.float64, device=scaled.device)
+    weight = torch.zeros(design.shape[1], scaled.shape[1], dtype=torch.float64, device=scaled.device)
     weight[used] = found.weight
     low, high = _limits(targets, logs, floor)
     bias = found.bias if reason or mode == "paper" else found.bias + _offset(quantizer, found, logs, (low, high))
     shift = bias - found.bias
     held_out = _bounded(found.held_out + shift, logs, low, high).reshape(wanted.shape)
     if mode == "extended":
-        notes[quantizer.name] = (record.samples, record.notes(held_out))
+        used_range = wanted if predictor.reads_itself(quantizer) else held_out
+        notes[quantizer.name] = (record.samples, record.notes(used_range))
     predictor.static, predictor.groups = static_of(quantizer), groups
     predictor.finish(weight, bias, logs, (low, high))
     return reason
@@ -111,20 +113,21 @@ def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[s
 
 def _design(predictor: Predictor, notes: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, list[int]]:
     """(M, K) features, and which columns the fit may use."""
-    record = predictor.record
-    design = torch.zeros(record.count, predictor.num_features, dtype=torch.float64, device=record.features.device)
-    if record.count:
-        design[:, :SITE_FEATURES] = record.features
-    if int(record.samples.unique().numel()) < SMALL and predictor.mode == "extended":
-        return design, list(_MEAN_AND_MAX)
-    used = list(range(SITE_FEATURES))
+    record, size = predictor.record, site_size(predictor.mode)
+    parts = [record.features]
+    used = list(range(size))
+    few = int(record.samples.unique().numel()) < SMALL and predictor.mode == "extended"
     for position, name in enumerate(predictor.history):
-        samples, values = notes.get(name, (None, None))
-        if samples is not None and values is not None and torch.equal(samples, record.samples):
-            start = SITE_FEATURES + 2 * position
-            design[:, start : start + 2] = values.to(design.device)
-            used += [start, start + 1]
-    return design, used
+        samples, values = notes[name]
+        if position < len(predictor.history) - 1:
+            values = values[:, :NOTE_FEATURES]
+        start = sum(part.shape[1] for part in parts)
+        if torch.equal(samples, record.samples):
+            parts.append(values.to(record.features.device))
+            used += range(start, start + values.shape[1])
+        else:  # it did not run for the same samples
+            parts.append(record.features.new_zeros(record.count, values.shape[1]))
+    return torch.cat(parts, 1), list(_MEAN_AND_MAX) if few else used
 
 
 def _degenerate(predictor: Predictor, design: Tensor, used: list[int], intercept: bool) -> str:
@@ -134,7 +137,7 @@ def _degenerate(predictor: Predictor, design: Tensor, used: list[int], intercept
     originals = int(predictor.record.samples.unique().numel())
     if originals < FEW:
         return f"{originals} calibration samples are too few to fit (at least {FEW})"
-    features = design[:, :SITE_FEATURES]
+    features = design[:, : site_size(predictor.mode)]
     if bool((features.std(0) <= 1e-9 * (1e-12 + features.abs().amax(0))).all()):
         return f"the features of site '{predictor.site}' are constant over the calibration samples"
     if predictor.mode == "paper":

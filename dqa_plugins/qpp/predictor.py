@@ -12,7 +12,7 @@ from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method
 
 from .bus import Bus
-from .features import NOTE_FEATURES, SITE_FEATURES, Note
+from .features import NOTE_FEATURES, Note, Own, site_size
 from .record import SampleRecord
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Predictor(StateModule):
         super().__init__()
         self.mode = method.prediction.mode
         self.record = SampleRecord()
-        self.note = Note(method, 1)
+        self.note, self.own = Note(1), Own(method, 1)
         self.site, self.reason = "", ""
         self.history: tuple[str, ...] = ()
         self.bus: Bus | None = None
@@ -61,22 +61,21 @@ class Predictor(StateModule):
         """True once it predicts (or holds the static statistic it fell back to)."""
         return self.bias.numel() > 0
 
-    @property
-    def num_features(self) -> int:
-        """K: five of the site, two of each note."""
-        return SITE_FEATURES + NOTE_FEATURES * len(self.history)
+    def reads_itself(self, quantizer: ActivationQuantizer) -> bool:
+        """True at a site of the extended mode: its statistic is taken with its features."""
+        return self.mode == "extended" and self.site == quantizer.name
 
     def forward(self, features: Tensor, *notes: Tensor) -> Tensor:
         """Predict.
 
         Args:
-            features: (B, 5) float64 of the site.
-            notes: (B, 2) float64 of each quantizer in `history`.
+            features: (B, F) float64 of the site.
+            notes: of each quantizer in `history`, see `features.Note`; the last one gives its channels too.
 
         Returns:
             (B, S, G) float32, extents as `statistics.extents` gives them.
         """
-        known = torch.cat([features, *notes], 1) if notes else features
+        known = torch.cat([features, *(note[:, :NOTE_FEATURES] for note in notes[:-1]), *notes[-1:]], 1)
         # a sum, not a matrix product: its rounding would depend on the batch size
         linear = (known.unsqueeze(1) * self.weight.t()).sum(2) + self.bias
         value = linear
@@ -90,7 +89,7 @@ class Predictor(StateModule):
         bus = self.bus
         if bus is None:
             raise TypeError("not connected")
-        features = bus.read(self.site, self.mode, quantizer.label) if self.site else x.new_zeros(len(x), SITE_FEATURES)
+        features = bus.read(self.site, self.mode, quantizer.label) if self.site else self._nothing(x)
         if len(features) != len(x):  # rows of another batch: nothing to learn from
             return
         samples = torch.arange(bus.first_sample, bus.first_sample + len(x), device=x.device)
@@ -109,24 +108,28 @@ class Predictor(StateModule):
         bus = self.bus
         if bus is None:
             raise UncalibratedQuantizer(f"{quantizer.label} is not connected to the quantizers of its model.")
-        if not self.site:
-            features = torch.zeros((x.shape[0], SITE_FEATURES), dtype=torch.float64, device=x.device)
-        else:
-            features = bus.read(self.site, self.mode, quantizer.label)
+        if self.reads_itself(quantizer):
+            prediction: Tensor = self.own(x)
+            bus.notes[quantizer.name] = self.note(x, prediction)
+            return prediction
+        features = bus.read(self.site, self.mode, quantizer.label) if self.site else self._nothing(x)
         missing = [name for name in self.history if name not in bus.notes]
         if missing:
             raise UncalibratedQuantizer(
                 f"{quantizer.label} reads what '{missing[0]}' showed, which has not run in this forward. Run the whole "
                 "model; after load_state_dict into a freshly built one call dqa_plugins.qpp.link(model)."
             )
-        prediction: Tensor = (regression or self)(features, *(bus.notes[name] for name in self.history))
+        prediction = (regression or self)(features, *(bus.notes[name] for name in self.history))
         if self.mode == "extended":
             bus.notes[quantizer.name] = self.note(x, prediction)
         return prediction
 
+    def _nothing(self, x: Tensor) -> Tensor:
+        return torch.zeros((x.shape[0], site_size(self.mode)), dtype=torch.float64, device=x.device)
+
     def start(self, quantizer: ActivationQuantizer) -> None:
         """Fix what the first tensor told: the channel axis, and its own site if nobody connected it."""
-        self.note.axis = quantizer.channel_axis
+        self.note.axis = self.own.axis = quantizer.channel_axis
         if self.bus is None:
             from .bus import connect
 
@@ -150,6 +153,7 @@ class Predictor(StateModule):
             "history": list(self.history),
             "groups": self.groups,
             "axis": self.note.axis,
+            "signed": self.own.signed,
             "reason": self.reason,
             "bus": None if self.bus is None else self.bus.name,
         }
@@ -157,6 +161,7 @@ class Predictor(StateModule):
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `describe`; a quantizer that has a bus keeps it."""
         self.site, self.history = str(state["site"]), tuple(state["history"])
-        self.groups, self.note.axis, self.reason = int(state["groups"]), int(state["axis"]), str(state["reason"])
+        self.groups, self.reason, self.own.signed = int(state["groups"]), str(state["reason"]), bool(state["signed"])
+        self.note.axis = self.own.axis = int(state["axis"])
         if self.bus is None and state["bus"] is not None:
             self.bus = Bus.named(state["bus"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from dqa_plugins.calibration import StateModule
 from dqa_plugins.statistics import grouped, quantiles
 
-from .features import log
+from .features import channel_features, log
 
 LIMIT = 2048  # samples
 _SHARES = tuple(0.3 * 0.5**k for k in range(16))  # 30% down to 1e-5
@@ -20,7 +20,8 @@ class SampleRecord(StateModule):
 
     Buffers (M samples, S statistics, G groups, T tail points):
         samples: (M,) int64, which sample; an augmented one has the number of its original.
-        features: (M, 5) float64, of the site's tensor.
+        features: (M, F) float64, of the site's tensor.
+        channels: (M, 2 * C) float64, of its own channels.
         statistic: (M, S, G), what is to be predicted (`statistics.extents` while the sign is open).
         tails: (M, 2, T + 1, G), values that shares 30%, 15%, ... of x, and of -x, exceed; the maximum last.
         means: (M,) float64, mean magnitude.
@@ -29,6 +30,7 @@ class SampleRecord(StateModule):
 
     samples: Tensor
     features: Tensor
+    channels: Tensor
     statistic: Tensor
     tails: Tensor
     means: Tensor
@@ -45,6 +47,7 @@ class SampleRecord(StateModule):
         double = {"dtype": torch.float64, "device": device}
         self.register_buffer("samples", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("features", torch.empty((0, 0), **double))  # type: ignore[arg-type]
+        self.register_buffer("channels", torch.empty((0, 0), **double))  # type: ignore[arg-type]
         self.register_buffer("statistic", torch.empty((0, 0, 0), device=device))
         self.register_buffer("tails", torch.empty((0, 2, 0, 0), device=device))
         self.register_buffer("means", torch.empty(0, **double))  # type: ignore[arg-type]
@@ -64,7 +67,7 @@ class SampleRecord(StateModule):
         Args:
             x: (B, ...) finite.
             samples: (B,) their numbers.
-            features: (B, 5).
+            features: (B, F).
             statistic: (B, S, G).
             granularity, axis: of the groups.
             step: number of the forward.
@@ -79,6 +82,7 @@ class SampleRecord(StateModule):
         if self.count >= LIMIT:
             return
         new = {"samples": samples, "features": features, "statistic": statistic, "tails": tails, "means": means}
+        new["channels"] = channel_features(x, axis)
         for name, value in new.items():
             held = getattr(self, name)
             value = value.to(held.device if held.numel() else value.device)
@@ -102,10 +106,11 @@ class SampleRecord(StateModule):
         return total.mean(1)
 
     def notes(self, prediction: Tensor) -> Tensor:
-        """What `features.Note` would have said had these predictions been used, (M, 2)."""
+        """What `features.Note` would have said had these predictions been used, (M, 2 + 2 * C)."""
         groups = self.tails.shape[-1]
         elements = float(int(self.elements) * groups)
-        return torch.stack([log(self.share_beyond(prediction) + 1.0 / elements), log(self.means)], 1)
+        shares = self.share_beyond(prediction) + 1.0 / elements
+        return torch.cat([torch.stack([log(shares), log(self.means)], 1), self.channels], 1)
 
 
 def _tails(x: Tensor, granularity: str, axis: int) -> Tensor:

@@ -67,6 +67,8 @@ def drop_start(model: GraphModule) -> None:
 def wire(model: GraphModule, node: Node, quantizer: ActivationQuantizer) -> None:
     """Give the call of a frozen quantizer its prediction; nothing if it takes none.
 
+    At a site of the extended mode that is its own statistic.
+
     Args:
         model: being converted; calls before this one are converted already.
         node: calls the quantizer on a tensor.
@@ -82,6 +84,11 @@ def wire(model: GraphModule, node: Node, quantizer: ActivationQuantizer) -> None
         node.args = (node.args[0], first.args[1])
         return
     graph = model.graph
+    if predictor.reads_itself(quantizer):
+        with graph.inserting_before(node):
+            prediction = graph.call_module(f"{target}.predictor.own", (node.args[0],))
+        node.args = (node.args[0], prediction)
+        return
     features = _features(model, node, predictor.site or quantizer.name, predictor.mode)
     notes = [_note(model, name) for name in predictor.history]
     with graph.inserting_before(node):
