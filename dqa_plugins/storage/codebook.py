@@ -120,10 +120,15 @@ def check_quantizer(quantizer: ActivationQuantizer) -> None:
     """Refuse a quantizer whose parameters are not decided.
 
     Raises:
-        NotPackable: it still observes.
+        NotPackable: it still observes, or its parameters are predicted.
     """
     if not isinstance(quantizer, ActivationQuantizer):
         raise NotPackable(f"pack needs an ActivationQuantizer, got {type(quantizer).__name__}.")
+    if quantizer.method.source == "predicted":
+        raise NotPackable(
+            f"{quantizer.label} predicts its parameters from the network's input, which packing has no part in; use "
+            "qparams='static' or 'dynamic' for stored activations."
+        )
     if quantizer.state == "observe":
         raise NotPackable(
             f"{quantizer.label} still observes, so it has no scale to pack with. Run calibration batches, then "

@@ -37,7 +37,7 @@ from .edges import (
     site_names,
     trace,
 )
-from .errors import NothingToStore
+from .errors import NothingToStore, NotPackable
 from .places import Pack, StoredSite, Unpack
 from .subsampling import Subsampling, read_subsample, subsampled, subsampling
 
@@ -62,8 +62,11 @@ def prepare_stored(
         TraceFailed: torch.fx cannot trace the model.
         NothingToStore: no value lives that long.
         NotAMethod: `method` is not one.
+        NotPackable: its parameters are predicted (QPP).
     """
     check_method(method, "prepare_stored")
+    if method.source == "predicted":
+        raise NotPackable("prepare_stored packs with qparams='static' or 'dynamic'; QPP is not supported there.")
     traced = trace(copy.deepcopy(model))
     follow_in_place(traced)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dqa_plugins import DQA, DenseSparse, Direct, iter_quantizers
+from dqa_plugins import DQA, QPP, DenseSparse, Direct, iter_quantizers
 from dqa_plugins.errors import DQAError, NotAMethod, UncalibratedQuantizer
 from dqa_plugins.storage import (
     NothingToStore,
+    NotPackable,
     TraceFailed,
     UnknownCoding,
     convert_stored,
@@ -340,6 +341,8 @@ def test_errors_name_the_cause() -> None:
         prepare_stored(Branching(), DQA(), x)
     with pytest.raises(NothingToStore):
         prepare_stored(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), DQA(), x)
+    with pytest.raises(NotPackable, match="QPP"):
+        prepare_stored(model, DQA(qparams=QPP(sites=("input",))), x)
     with pytest.raises(NotAMethod):
         prepare_stored(model, "dqa", x)  # type: ignore[arg-type]
     prepared = prepare_stored(model, DQA(), x)
