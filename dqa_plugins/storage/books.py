@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import UncalibratedQuantizer
 from ..methods import DQA
 from ..quantizer import ActivationQuantizer
-from .codebook import Codebook, build_codebook, check_coding, check_quantizer
+from .codebook import Codebook, build_codebook, check_coding, check_quantizer, method_kind
+from .errors import NotPackable
 from .strips import Strips, join, samples_wanted, take_strips
 
 _books: weakref.WeakKeyDictionary[ActivationQuantizer, dict[str, Codebook]] = weakref.WeakKeyDictionary()
@@ -69,6 +70,23 @@ def codebook_for(quantizer: ActivationQuantizer, coding: str, x: Tensor | None =
         book = build_codebook(quantizer, coding if strips is not None else "none", strips)
         if strips is not None or coding == "none":
             books[coding] = book
+    return book
+
+
+def check_codebook(book: Codebook, quantizer: ActivationQuantizer) -> Codebook:
+    """Refuse a codebook that is not this quantizer's: the kernels go by its channels and widths, and check nothing.
+
+    Raises:
+        NotPackable: it is of another method, other channels or other parameters.
+    """
+    method, kind = quantizer.method, method_kind(quantizer.method)
+    mine = (kind, method.bits, quantizer.num_channels or 1, quantizer.signed and kind in ("grid", "noise"))
+    theirs = (book.kind, book.bits, book.channels, book.signed)
+    if mine != theirs or _stale(book, quantizer):
+        raise NotPackable(
+            f"{quantizer.label} cannot pack with this codebook: (kind, bits, channels, signed) are {theirs} there and "
+            f"{mine} here, or its parameters are others. Make one with calibrate_tables, or convert the model again."
+        )
     return book
 
 

@@ -31,6 +31,7 @@ _SPARSE = struct.Struct("<QQ")  # outliers, bytes of their positions
 _FIXED, _BITMAP, _HAS_OUTLIERS = 1, 2, 4
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIMENSIONS = 16
+_LARGEST = 2**59  # torch counts bytes in 63 bits
 MOST_SYMBOLS_PER_BYTE = 32  # a word of four symbols takes at least one bit
 
 
@@ -82,10 +83,11 @@ def read_frame(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], Co
         raise CorruptFrame("the checksum does not match: the bytes are damaged.")
     shape = struct.unpack(f"<{dimensions}I", view[HEADER.size : HEADER.size + 4 * dimensions])
     outliers, position_bytes = _SPARSE.unpack(view[start - counts_size : start]) if counts_size else (0, 0)
-    numel = 1
+    numel = strides = 1
     for size in shape:
         numel *= size
-    if numel > MOST_SYMBOLS_PER_BYTE * data_bytes:
+        strides *= max(size, 1)
+    if numel > MOST_SYMBOLS_PER_BYTE * data_bytes or strides > _LARGEST:  # an empty tensor has strides too
         raise CorruptFrame(f"shape {shape} cannot be packed in {data_bytes} bytes.")
     book = read_codebook(view[start : start + codebook_bytes])
     sparse = book.kind == "dense_sparse"

@@ -22,7 +22,7 @@ from .. import functional as F
 from ..errors import NonFiniteInput
 from ..quantizer import ActivationQuantizer
 from . import codec
-from .books import codebook_for
+from .books import check_codebook, codebook_for
 from .codebook import Codebook, check_coding, check_quantizer
 from .errors import CorruptFrame, NotPackable
 from .frame import HEADER, read_frame, write_frame
@@ -145,7 +145,7 @@ def pack(
         a packed activation; `.unpack()` gives what the quantizer would have returned.
 
     Raises:
-        UnknownCoding, NotPackable: see there.
+        UnknownCoding, NotPackable: see there; also for a codebook of another quantizer.
         NonFiniteInput: NaN or Inf in x; the message names the layer.
         ChannelMismatch: x has other channels than the quantizer.
     """
@@ -163,7 +163,7 @@ def pack(
     axis = 0 if quantizer.num_channels is None else quantizer.channel_axis
     if axis and x.numel() and not (1 - x.ndim <= axis < x.ndim and x.shape[axis] == quantizer.num_channels):
         quantizer.fake_quantize(x)  # raises, naming the layer and the channels
-    book = codebook_for(quantizer, coding, x) if codebook is None else codebook
+    book = codebook_for(quantizer, coding, x) if codebook is None else check_codebook(codebook, quantizer)
     if x.numel() == 0:
         return PackedActivation(shape, dtype, book, torch.empty(0, dtype=torch.uint8, device=x.device))
     rows = codec.rows(x, axis)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant
 from dqa_plugins.errors import DQAError
-from dqa_plugins.storage import CorruptFrame, PackedActivation, UnsupportedFrame, pack
+from dqa_plugins.storage import CorruptFrame, NotPackable, PackedActivation, UnsupportedFrame, calibrate_tables, pack
 from dqa_plugins.storage.frame import HEADER
 from tests.storage.cases import CODINGS, quantizer_for, tensor
 
@@ -110,6 +110,72 @@ def test_forged_shapes_allocate_nothing() -> None:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert peak < 4_000_000, (shape, peak)
+
+
+def test_forged_shapes_of_empty_tensors() -> None:
+    """No values, but strides that torch cannot count."""
+    x = torch.zeros(0, 6, 4, 4)
+    frame = pack(x, quantizer_for(DQA(bits=4), torch.rand(2, 6, 4, 4)), "none").to_bytes()
+    large = 2**32 - 1
+    for shape in ((0, 6, large, large), (0, large, large, large), (large, 6, large, 0), (large, large, large, 0)):
+        with pytest.raises(CorruptFrame):
+            PackedActivation.from_bytes(sealed(frame[: HEADER.size] + struct.pack("<4I", *shape) + frame[40:]))
+    assert survives(sealed(frame[: HEADER.size] + struct.pack("<4I", 0, 6, 2**16, 2**16) + frame[40:]))
+
+
+def sections(frame: bytes) -> tuple[int, int]:
+    """Where the codebook and the data section start."""
+    (size,) = struct.unpack("<I", frame[8:12])
+    start = HEADER.size + 4 * frame[6] + (16 if frame[7] & 4 else 0)
+    return start, start + size
+
+
+def test_the_codebook_of_another_frame() -> None:
+    """Header, shape and data of one frame, codebook of another, all lengths and the checksum made to match."""
+    for first in FRAMES:
+        for second in FRAMES:
+            (begin, middle), (start, end) = sections(first), sections(second)
+            book = second[start:end]
+            survives(sealed(first[:8] + struct.pack("<I", len(book)) + first[12:begin] + book + first[middle:]))
+
+
+def test_every_byte_of_a_codebook_forged() -> None:
+    """Each byte in front of the data set to its extremes, with a matching checksum: read, or refused by type."""
+    for frame in FRAMES[::3]:
+        for at in range(4, min(sections(frame)[1], 400)):
+            for value in (0, 1, 128, 255, frame[at] ^ 1):
+                survives(sealed(frame[:at] + bytes([value]) + frame[at + 1 :]))
+
+
+def test_parameters_that_are_not_finite() -> None:
+    """Static ones are refused; dynamic ones lie in the data and decode to what they say, without an error."""
+    x = tensor((2, 6, 20, 20), 0, "normal")
+    frame = pack(x, quantizer_for(Direct(bits=4), x), "none").to_bytes()
+    at = sections(frame)[0] + 16 + 2  # behind the head: extra bits and groups of one channel each
+    for bad in (float("nan"), float("inf")):
+        forged = sealed(frame[:at] + struct.pack("<f", bad) + frame[at + 4 :])
+        with pytest.raises(CorruptFrame, match="NaN or Inf"):
+            PackedActivation.from_bytes(forged)
+    frame = pack(x, quantizer_for(Direct(bits=4, qparams="dynamic"), x), "none").to_bytes()
+    at = sections(frame)[1]
+    assert survives(sealed(frame[:at] + struct.pack("<f", float("nan")) + frame[at + 4 :]))
+
+
+def test_a_codebook_of_another_quantizer_is_refused() -> None:
+    """Its channels and widths would send the kernels out of the tensor."""
+    x = tensor((2, 6, 20, 20), 0, "normal")
+    quantizer = quantizer_for(DQA(bits=4), x, name="layer5.relu")
+    others = [
+        quantizer_for(DQA(bits=4), tensor((2, 60, 20, 20), 0, "normal")),
+        quantizer_for(DQA(bits=5), x),
+        quantizer_for(Direct(bits=4), x),
+        quantizer_for(DQA(bits=4), 2 * x),
+    ]
+    for other in others:
+        size = other.num_channels or 6
+        book = calibrate_tables(other, tensor((2, size, 20, 20), 0, "normal"), "joint")
+        with pytest.raises(NotPackable, match=r"layer5\.relu"):
+            pack(x, quantizer, "joint", book)
 
 
 def test_other_versions_and_other_files() -> None:
