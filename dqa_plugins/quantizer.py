@@ -229,9 +229,8 @@ class ActivationQuantizer(StateModule):
             raise UnsupportedCombination(f"{self.label} takes no prediction: its qparams are {self.method.qparams!r}.")
         if x.ndim == 1:
             return self.forward(x.unsqueeze(1), prediction).squeeze(1)
-        if self.tap is not None and self.tap[1]:
-            self.tap[0].tap(self.name, self.tap[1], x)
         if self._state == "observe":
+            self._offer(x)
             self._observe(x)
             return x
         if self._state == "qat":
@@ -267,6 +266,8 @@ class ActivationQuantizer(StateModule):
         if not torch.compiler.is_compiling() and x.numel() == 0:
             return x
         self._check_channels(x)
+        if prediction is None:
+            self._offer(x)
         method, axis = self.method, self.channel_axis
         scale, lower, upper = self.runtime_qparams(x, prediction)
         if isinstance(method, DenseSparse):
@@ -322,6 +323,11 @@ class ActivationQuantizer(StateModule):
         if not augmenting:
             self.calibration.observe(x, self._rows(x), self.method, self._axis, moving=self._state == "qat")
 
+    def _offer(self, x: Tensor) -> None:
+        """Give the features of x to the quantizers that read them, where the graph has no edges for that."""
+        if self.tap is not None and self.tap[1]:
+            self.tap[0].tap(self.name, self.tap[1], x)
+
     def _check_tensor(self, x: object) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
             what = f"{x.dtype}, shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -364,7 +370,7 @@ class ActivationQuantizer(StateModule):
 
     def get_extra_state(self) -> Tensor:
         """What is not a buffer, as UTF-8 JSON in a uint8 tensor: loads with weights_only and fits safetensors."""
-        state = {
+        state: dict[str, Any] = {
             "method": method_to_dict(self.method),
             "state": self._state,
             "axis": self._axis,

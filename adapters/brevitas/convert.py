@@ -39,7 +39,7 @@ def why_no_common_grid(method: Method) -> str | None:
     if isinstance(method, NoisyQuant):
         return "NoisyQuant subtracts noise of each channel after dequantizing, which leaves no integer grid"
     if method.qparams != "static":
-        return "dynamic scales are one per sample, and Brevitas takes an axis of a scale for the channels"
+        return "dynamic and predicted scales are one per sample, and Brevitas takes an axis of a scale for the channels"
     if method.granularity != "tensor":
         return "scales of each channel break IntQuantTensor.is_valid and the convolution behind it"
     return None

@@ -2,7 +2,8 @@
 
 - Export handlers are registered with the managers of its exports. A manager matches the class of a proxy exactly; for
   an unknown one it warns, then fails with "'NoneType' object is not callable" (0.13.4).
-- `calibration_mode.__enter__` and `__exit__` get a wrapper that follows channel axes from layer to layer.
+- `calibration_mode.__enter__` and `__exit__` get a wrapper that follows channel axes from layer to layer, and starts
+  the predictions of QPP.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dqa_plugins.errors import FrameworkMismatch
 
 from .handlers import PluginInferenceHandler, QCDQHandler, QONNXHandler, TorchQCDQHandler
 from .naming import AxisTracker
+from .predict import start
 
 TESTED = "0.13"
 MARK = "__dqa_plugins_hook__"
@@ -78,12 +80,15 @@ def install() -> None:
         self._dqa_axes = AxisTracker() if self.enabled else None
         if self._dqa_axes is not None:
             self._dqa_axes.__enter__()
+        self._dqa_predicted = start(self.model) if self.enabled else None
         return result
 
     @functools.wraps(leave)
     def __exit__(self: Any, *error: Any) -> Any:
         if self._dqa_axes is not None:
             self._dqa_axes.__exit__(*error)
+        if self._dqa_predicted is not None:
+            self._dqa_predicted.remove()
         return leave(self, *error)
 
     setattr(__enter__, MARK, True)

@@ -62,6 +62,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
     _observing = False  # inside calibration_mode
     _fresh = False  # no batch seen since calibration_mode was entered
     _pending = False  # calibration_mode was entered and not yet left
+    _order: list[ActivationQuantizer] | None = None  # given while the order of execution is found (see `predict`)
     _handled = 0  # identity of the exception being handled when it was entered
 
     # ------------------------------------------------------------ construction
@@ -159,6 +160,10 @@ class PluginActProxy(ActQuantProxyFromInjector):
             self._start_over()
             self._fresh = False
             self._learn_site(axis)
+        if self._order is not None:
+            if self.quantizer not in self._order:
+                self._order.append(self.quantizer)
+            return x
         return self.quantizer(x)
 
     def _start_over(self) -> None:

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination, UnsupportedInput
 from dqa_plugins.methods import Method
+from dqa_plugins.qpp.augment import augmented
+from dqa_plugins.qpp.bus import Bus, connect
 from dqa_plugins.sites import iter_quantizers
 
 from .config import Entry, parse
@@ -50,12 +52,14 @@ class Plan:
         overrides: (scope, method or None), see `place.choose_methods`.
         weights: False leaves them float.
         num_samples: dataset items to run, None for all.
+        samples: the dataset, which QPP may ask to run augmented items too.
     """
 
     method: Method
     overrides: tuple[tuple[str, Method | None], ...] = ()
     weights: bool = True
     num_samples: int | None = None
+    samples: FirstSamples | None = None
 
 
 class ActivationQuantization(MinMaxQuantization):
@@ -107,6 +111,11 @@ class ActivationQuantization(MinMaxQuantization):
             self.collectors.append(collector)
             for tensor in site.tensors:
                 container.add_statistic_point(StatisticPoint(tensor.points[0], collector, self._algorithm_key))
+        bus = connect([site.quantizer for site in self.sites], inputs=0)
+        if bus is not None:
+            self.collectors[0].bus = bus
+            if self.plan.samples is not None:
+                self.plan.samples.bus = bus
         return container
 
     def apply(
@@ -143,8 +152,18 @@ class FirstSamples:
 
     def __init__(self, dataset: nncf.Dataset, limit: int | None) -> None:
         self.dataset, self.limit = dataset, limit
+        self.bus: Bus | None = None  # QPP: who learns from augmented items, if any
 
     def __iter__(self) -> Iterator[Any]:
+        for item in self._items():
+            yield item
+            tensors = tuple(_tensors(item))
+            changed = None if self.bus is None else augmented(self.bus, tensors)
+            if self.bus is not None and changed is not None:
+                with self.bus.augment():
+                    yield _replaced(item, iter(changed))
+
+    def _items(self) -> Iterator[Any]:
         if self.limit is None:
             yield from self.dataset.get_inference_data()
             return
@@ -157,6 +176,17 @@ class FirstSamples:
                 return
         if left > 0:
             logger.warning("num_init_samples=%s, but the dataset holds %s samples", self.limit, self.limit - left)
+
+
+def _replaced(item: Any, tensors: Iterator[Tensor]) -> Any:
+    """An item with other tensors, in the order of `_tensors`."""
+    if isinstance(item, Tensor):
+        return next(tensors)
+    if isinstance(item, dict):
+        return {key: _replaced(value, tensors) for key, value in item.items()}
+    if isinstance(item, list | tuple):
+        return type(item)([_replaced(value, tensors) for value in item])
+    return item
 
 
 def _tensors(item: Any) -> Iterator[Tensor]:
@@ -210,14 +240,16 @@ def quantize(model: nn.Module, dataset: nncf.Dataset, config: Any) -> nn.Module:
         raise UnsupportedInput(
             f"quantize takes an nncf.Dataset; got a {type(dataset).__name__}: wrap it, nncf.Dataset(...)."
         )
-    items = nncf.Dataset(FirstSamples(dataset, entry.num_samples))
+    samples = FirstSamples(dataset, entry.num_samples)
+    items = nncf.Dataset(samples)
     example = next(iter(items.get_inference_data()), None)
     if example is None:
         raise UncalibratedQuantizer("quantize: the dataset is empty; calibration needs at least one sample.")
     wrapper = GraphModelWrapper(wrap_model(copy.deepcopy(model)), example)
     graph = wrapper.get_graph()
     ignored = ignored_operations(entry, graph, wrapper.model, enclosing_modules(wrapper))
-    steps: list[Any] = [_algorithm(entry, ignored)]
+    # bias correction takes its statistics from the same run, which must not be of augmented items then
+    steps: list[Any] = [_algorithm(entry, ignored, None if entry.bias_correction else samples)]
     if entry.bias_correction:
         steps.append(FastBiasCorrection(subset_size=_ALL))
     with torch.no_grad():
@@ -227,7 +259,7 @@ def quantize(model: nn.Module, dataset: nncf.Dataset, config: Any) -> nn.Module:
 _ALL = 2**62  # NNCF's subset sizes are numbers, with 100 or 300 as the default
 
 
-def _algorithm(entry: Entry, ignored: list[str]) -> ActivationQuantization:
+def _algorithm(entry: Entry, ignored: list[str], samples: FirstSamples | None) -> ActivationQuantization:
     weights = None
     if entry.weights is not None:
         scheme = QuantizationScheme(entry.weights.mode)
@@ -235,7 +267,7 @@ def _algorithm(entry: Entry, ignored: list[str]) -> ActivationQuantization:
         per_channel = None if entry.weights.per_channel else False
         weights = QuantizationParameters(num_bits=8, mode=scheme, per_channel=per_channel)
     return ActivationQuantization(
-        Plan(entry.method, entry.overrides, entry.weights is not None),
+        Plan(entry.method, entry.overrides, entry.weights is not None, samples=samples),
         ignored_scope=nncf.IgnoredScope(names=ignored),
         quantize_outputs=entry.quantize_outputs,
         weights_quantization_params=weights,

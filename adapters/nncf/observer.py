@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method, method_from_dict, method_to_dict
+from dqa_plugins.qpp.bus import Bus
 from dqa_plugins.quantizer import ActivationQuantizer
 
 
@@ -74,6 +75,7 @@ class SiteCollector(TensorCollector):
     def __init__(self, quantizer: ActivationQuantizer, num_samples: int | None = None) -> None:
         super().__init__()
         self.quantizer = quantizer
+        self.bus: Bus | None = None  # QPP: of the model, where this is its first site
         self._limit = num_samples
         self._items = 0
 
@@ -85,6 +87,8 @@ class SiteCollector(TensorCollector):
         """Observe one tensor, an nncf Tensor around (B, ...)."""
         # NNCF calls this inside its function mode, which would hook every operation of the statistics
         with torch._C.DisableTorchFunction():
+            if self.bus is not None:
+                self.bus.begin((input_.data,))
             ActivationQuantizer.forward(self.quantizer, input_.data)
 
     def freeze(self) -> ActivationQuantizer:

@@ -127,7 +127,7 @@ def make_sites(
         quantizer = NNCFQuantizer(method, name=tensor.name, producer_axis=axis, index=len(sites))
         group = next((group_of[p] for p in tensor.points if p in group_of), None)
         key: Any = (tensor.node.node_id, tensor.port)
-        if group is not None:
+        if group is not None and quantizer.predictor is None:  # a prediction is one tensor's own
             key = ("group", group, method, *(_channels(quantizer, tensor, graph) if quantizer.uses_channels else ()))
         if key in sites:
             sites[key].tensors.append(tensor)

@@ -60,10 +60,11 @@ class LeanQuantizer(nn.Module):
     def forward(self, x: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Fake-quantize x, (B, ...), of one of the ranks."""
         original = self.original
-        if original.tap is not None and original.tap[1]:
-            original.tap[0].tap(original.name, original.tap[1], x)
-        if original.predictor is not None and prediction is None:
-            prediction = original.predictor.predict(original, x, self.predictor)
+        if prediction is None:
+            if original.tap is not None and original.tap[1]:
+                original.tap[0].tap(original.name, original.tap[1], x)
+            if original.predictor is not None:
+                prediction = original.predictor.predict(original, x, self.predictor)
         if x.ndim not in self.ranks:
             return original.fake_quantize(x, prediction)
         constants = {

@@ -1,10 +1,10 @@
 """QPP: quantization parameters predicted per sample from the network's input."""
 
-from .bus import Bus, connect
+from .bus import Bus, connect, link
 from .fit import fit
 from .predictor import Predictor
 
-__all__ = ["Bus", "Predictor", "QPPReport", "connect", "fit", "qpp_report"]
+__all__ = ["Bus", "Predictor", "QPPReport", "connect", "fit", "link", "qpp_report"]
 
 
 def __getattr__(name: str) -> object:

@@ -81,17 +81,23 @@ def augmented(bus: Bus, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 class Foreign:
-    """Observers of the framework inside a model: what they saw of an augmented run is undone."""
+    """What an augmented run must not change: observers of the framework, and batch-norm statistics."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.observers = [m for m in model.modules() if hasattr(m, "calculate_qparams") and not hasattr(m, "quantizer")]
+        modules = list(model.modules())
+        self.observers = [m for m in modules if hasattr(m, "calculate_qparams") and not hasattr(m, "quantizer")]
+        self.norms = [m for m in modules if getattr(m, "track_running_stats", False) and m.training]
 
     def __enter__(self) -> None:
         self.states = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.observers]
+        for norm in self.norms:
+            norm.training = False
 
     def __exit__(self, *_: Any) -> None:
         for observer, state in zip(self.observers, self.states, strict=True):
             observer.load_state_dict(state)
+        for norm in self.norms:
+            norm.training = True
 
 
 def run_augmented(bus: Bus, model: nn.Module) -> Any:

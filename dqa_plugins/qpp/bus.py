@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dqa_plugins.errors import InvalidMethod, UncalibratedQuantizer
 
@@ -131,12 +131,12 @@ def resolve_site(wanted: str, names: Sequence[str], inputs: int) -> list[str]:
     Args:
         wanted: "input", "input.<k>", a quantized site, or a module with quantized sites inside.
         names: of the quantized sites, in order of execution.
-        inputs: how many inputs the model has.
+        inputs: how many inputs of the model can be read without a quantizer on them.
 
     Raises:
         InvalidMethod: nothing matches.
     """
-    if wanted == INPUT:
+    if wanted == INPUT and (inputs or f"{INPUT}.0" in names):
         return [f"{INPUT}.0"]
     if wanted in names or (wanted.startswith(INPUT + ".") and wanted[6:].isdigit() and int(wanted[6:]) < inputs):
         return [wanted]
@@ -154,7 +154,7 @@ def connect(quantizers: Sequence[ActivationQuantizer], inputs: int = 1, bus: Bus
 
     Args:
         quantizers: all of the model, named, in order of execution, in the observe state.
-        inputs: how many inputs the model has.
+        inputs: how many inputs of the model can be read without a quantizer on them.
         bus: to use; None: a new one.
 
     Returns:
@@ -189,3 +189,48 @@ def connect(quantizers: Sequence[ActivationQuantizer], inputs: int = 1, bus: Bus
     for quantizer in quantizers:
         quantizer.tap = (bus, tuple(sorted(taps.get(quantizer.name, ()))))
     return bus
+
+
+class InputTap:
+    """A forward pre-hook: the model's inputs are sites."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+
+    def __call__(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.bus.offer(inputs)
+
+
+def tap_inputs(model: nn.Module, bus: Bus) -> None:
+    """Let a model offer its inputs at every forward, if they are sites; replaces an earlier hook."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, InputTap):
+            del model._forward_pre_hooks[key]
+    if bus.inputs:
+        model.register_forward_pre_hook(InputTap(bus))
+
+
+def link(model: nn.Module) -> nn.Module:
+    """Connect the frozen QPP quantizers of a model that got its state from a state_dict. Changes it in place.
+
+    Models whose graph has the predictions as edges (FX, PT2E) do not need it.
+
+    Returns:
+        the model.
+    """
+    from dqa_plugins.sites import iter_quantizers
+
+    quantizers = [quantizer for _, quantizer in iter_quantizers(model)]
+    bus, names = Bus(), {quantizer.name for quantizer in quantizers}
+    bus.fitted = True
+    read: set[tuple[str, str]] = set()
+    for quantizer in quantizers:
+        if quantizer.predictor is not None:
+            quantizer.predictor.bus = bus
+            read.add((quantizer.predictor.site, quantizer.predictor.mode))
+    for quantizer in quantizers:
+        modes = tuple(sorted(mode for site, mode in read if site == quantizer.name))
+        quantizer.tap = (bus, modes) if read else None
+    bus.inputs = tuple(sorted((s, mode) for s, mode in read if s.startswith(INPUT + ".") and s not in names))
+    tap_inputs(model, bus)
+    return model

@@ -17,6 +17,7 @@ from dqa_plugins.statistics import extents, quantiles
 LEVELS = (0.9, 0.99, 0.999)
 PAPER_FEATURES = len(LEVELS) + 2
 RAW_LEVELS = (0.001, 0.01, 0.1, 0.5, 0.99)
+SCALE = 1  # which feature of the extended mode is the log scale of a site's tensor
 SLOPES = 2 * (len(LEVELS) + 1)
 EXTENDED_FEATURES = PAPER_FEATURES + SLOPES + len(RAW_LEVELS) + 2
 NOTE_FEATURES = 2
@@ -41,7 +42,7 @@ def site_features(x: Tensor, mode: str) -> Tensor:
         x: (B, ...) floating point.
         mode: "paper": 0.9, 0.99 and 0.999 quantile, mean and maximum (QPP paper, eq. 13 and section 8). "extended":
             logarithms of those of |x|, and of the same of the differences between neighbours in height and width
-            (contrast); low quantiles, median, mean and standard deviation as they are.
+            (contrast); low quantiles, median, mean and standard deviation, relative to the 0.99 quantile of |x|.
 
     Returns:
         (B, 5) or (B, 20) float64.
@@ -62,7 +63,8 @@ def site_features(x: Tensor, mode: str) -> Tensor:
     mean = flat.sum(1, dtype=torch.float64) / count
     spread = ((flat.square().sum(1, dtype=torch.float64) / count) - mean.square()).clamp(min=0).sqrt()
     raw = [q.double() for q in quantiles(flat, RAW_LEVELS)]
-    return torch.cat([log(torch.stack(logs, 1)), torch.stack([*raw, mean, spread], 1)], 1)
+    relative = torch.stack([*raw, mean, spread], 1) / logs[SCALE].clamp(min=SMALLEST).unsqueeze(1)
+    return torch.cat([log(torch.stack(logs, 1)), relative], 1)
 
 
 def _summary(flat: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from dqa_plugins.methods import DenseSparse
 
 from .augment import augmentation
 from .bus import Bus
-from .features import NOTE_FEATURES, PAPER_FEATURES, site_size
+from .features import NOTE_FEATURES, PAPER_FEATURES, SCALE, site_size
 from .regression import Fit, least_squares, rank, ridge
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[s
     groups = wanted.shape[2]
     targets = wanted.flatten(1).double()
     logs = _logarithmic(targets, mode)
-    scaled = torch.where(logs, targets.clamp(min=1e-30).log(), targets)
+    unit = _unit(predictor)
+    scaled = torch.where(logs, targets.clamp(min=1e-30).log(), targets / unit)
     floor = _floor(targets)
     scaled = torch.where(logs, torch.maximum(scaled, floor.log()), scaled)
     design, used = _design(predictor, notes)
@@ -96,13 +97,14 @@ def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[s
             if bool(losing.all()) and bool((found.base > 0).any()):
                 reason = "left out of the fit, samples are predicted no better than by the mean"
     if reason:
-        found = _static(quantizer, logs, design[:, used])
+        found = _nothing(scaled, len(used))
     weight = torch.zeros(design.shape[1], scaled.shape[1], dtype=torch.float64, device=scaled.device)
     weight[used] = found.weight
-    low, high = _limits(targets, logs, floor)
-    bias = found.bias if reason or mode == "paper" else found.bias + _offset(quantizer, found, logs, (low, high))
+    # a prediction that has no range to move in is the static statistic
+    low, high = (static_of(quantizer),) * 2 if reason else _limits(targets, logs, floor)
+    bias = found.bias if reason or mode == "paper" else found.bias + _offset(quantizer, found, logs, unit, (low, high))
     shift = bias - found.bias
-    held_out = _bounded(found.held_out + shift, logs, low, high).reshape(wanted.shape)
+    held_out = _bounded(found.held_out + shift, logs, unit, low, high).reshape(wanted.shape)
     if mode == "extended":
         used_range = wanted if predictor.reads_itself(quantizer) else held_out
         notes[quantizer.name] = (record.samples, record.notes(used_range))
@@ -171,38 +173,45 @@ def _limits(targets: Tensor, logs: Tensor, floor: Tensor) -> tuple[Tensor, Tenso
     return low, torch.where(most > 0, most * 4, most + width)
 
 
-def _bounded(linear: Tensor, logs: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    value = torch.where(logs, linear.clamp(-80, 80).exp(), linear)
+def _unit(predictor: Predictor) -> Tensor:
+    """(M, 1): what targets that are not logarithms are measured in."""
+    features = predictor.record.features
+    if predictor.mode == "paper":
+        return torch.ones_like(features[:, :1])
+    return features[:, SCALE : SCALE + 1].exp()
+
+
+def _bounded(linear: Tensor, logs: Tensor, unit: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    value = torch.where(logs, linear.clamp(-80, 80).exp(), linear * unit)
     return torch.minimum(torch.maximum(value, low), high)
 
 
-def _static(quantizer: ActivationQuantizer, logs: Tensor, design: Tensor) -> Fit:
-    """The static statistic as a regression without weights."""
-    value = static_of(quantizer)
-    value = torch.where(logs, value.clamp(min=1e-30).log(), value)
-    weight = torch.zeros(design.shape[1], len(value), dtype=torch.float64, device=value.device)
-    nothing = torch.zeros_like(value)
-    return Fit(weight, value, value.expand(len(design), -1), nothing, nothing)
+def _nothing(targets: Tensor, features: int) -> Fit:
+    """A regression that says zero."""
+    zero = torch.zeros_like(targets[0])
+    return Fit(targets.new_zeros(features, targets.shape[1]), zero, torch.zeros_like(targets), zero, zero)
 
 
-def _offset(quantizer: ActivationQuantizer, found: Fit, logs: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor | float:
+def _offset(
+    quantizer: ActivationQuantizer, found: Fit, logs: Tensor, unit: Tensor, limits: tuple[Tensor, Tensor]
+) -> Tensor | float:
     """What is added to the bias, from leave-one-out predictions, where too small a range costs more than too large."""
     predictor, method = quantizer.predictor, quantizer.method
-    if predictor is None or not bool(logs.all()):
+    if predictor is None or not bool(logs.any()):
         return 0.0
     record = predictor.record
     shape = (record.count, -1, record.statistic.shape[2])
     sigma = found.error.sqrt()
     if not isinstance(method, DenseSparse):
         # a maximum that is predicted too low clips: one standard error up
-        return sigma
+        return sigma * logs
     losses = []
     for offset in _OFFSETS.tolist():
-        prediction = _bounded(found.held_out + offset, logs, *limits).reshape(shape)
+        prediction = _bounded(found.held_out + offset * logs, logs, unit, *limits).reshape(shape)
         share = record.share_beyond(prediction) / max(method.density, 1e-6)
         losses.append(_density_loss(share))
     best = int(torch.stack(losses).argmin())
-    return float(_OFFSETS[best])
+    return float(_OFFSETS[best]) * logs.double()
 
 
 def _density_loss(share: Tensor) -> Tensor:

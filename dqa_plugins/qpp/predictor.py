@@ -12,7 +12,7 @@ from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method
 
 from .bus import Bus
-from .features import NOTE_FEATURES, Note, Own, site_size
+from .features import NOTE_FEATURES, SCALE, Note, Own, site_size
 from .record import SampleRecord
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ class Predictor(StateModule):
 
     Buffers once fitted (K features, S statistics, G groups), float64:
         weight: (K, S * G), bias: (S * G,).
-        logarithmic: (S * G,) bool, where the logarithm is what is linear.
+        logarithmic: (S * G,) bool, where the logarithm is what is linear; elsewhere the extended mode predicts in
+            units of the site's 0.99 quantile.
         low, high: (S * G,), every prediction is moved inside.
         static: (S * G,), what static parameters would have been made of.
 
@@ -80,7 +81,8 @@ class Predictor(StateModule):
         linear = (known.unsqueeze(1) * self.weight.t()).sum(2) + self.bias
         value = linear
         if self.mode == "extended":
-            value = torch.where(self.logarithmic, linear.clamp(-80.0, 80.0).exp(), linear)
+            scale = features[:, SCALE : SCALE + 1].exp()
+            value = torch.where(self.logarithmic, linear.clamp(-80.0, 80.0).exp(), linear * scale)
         value = torch.minimum(torch.maximum(value, self.low), self.high)
         return value.unflatten(1, (-1, self.groups)).float()
 

@@ -102,12 +102,14 @@ class QPPReport:
             row += f"{x.errors['predicted'].mean():9.1%}"
             if x.target > 0:
                 rates = [x.failure_rate(source, 0.5) for source in SOURCES]
-                row += f"   {rates[0]:17.1%}  {rates[1]:9.1%}  {rates[2]:7.1%}" + ("  (few elements)" if x.small else "")
+                row += f"   {rates[0]:17.1%}  {rates[1]:9.1%}  {rates[2]:7.1%}" + (
+                    "  (few elements)" if x.small else ""
+                )
             rows.append(row + (f"  static: {x.reason}" if x.reason else ""))
         if any(x.target > 0 and not x.small for x in self.layers):
             for name, share in (("FR(1)", 1.0), ("FR(0.5)", 0.5)):
-                rates = [f"{source} {self.failure_rate(source, share):.2%}" for source in SOURCES]
-                rows.append(f"{name}: " + ", ".join(rates))
+                totals = [f"{source} {self.failure_rate(source, share):.2%}" for source in SOURCES]
+                rows.append(f"{name}: " + ", ".join(totals))
         return "\n".join(rows)
 
     def plot(self, path: str | os.PathLike[str], title: str = "") -> None:
@@ -186,8 +188,8 @@ def qpp_report(model: nn.Module, batches: Iterable[Any]) -> QPPReport:
     finally:
         for hook in hooks:
             hook.remove()
-    for quantizer, report in layers.items():
-        rows = {key: torch.cat(values) for key, values in found[quantizer].items() if values}
+    for module, report in layers.items():
+        rows = {key: torch.cat(values) for key, values in found[module].items() if values}
         report.densities = {source: rows[f"density {source}"] for source in SOURCES if rows}
         report.errors = {source: rows[f"error {source}"] for source in SOURCES if rows}
     return QPPReport([layer for layer in layers.values() if layer.errors])

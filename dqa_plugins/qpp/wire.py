@@ -74,10 +74,11 @@ def wire(model: GraphModule, node: Node, quantizer: ActivationQuantizer) -> None
         node: calls the quantizer on a tensor.
         quantizer: frozen.
     """
+    drop_start(model)
+    quantizer.tap = None  # from here on features travel along edges
     predictor = quantizer.predictor
     if predictor is None:
         return
-    drop_start(model)
     target = str(node.target)
     first = next(n for n in model.graph.nodes if n.op == "call_module" and n.target == target)
     if first is not node:  # a shared quantizer predicts once

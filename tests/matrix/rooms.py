@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins import DQA, DenseSparse, Direct, Method, NoisyQuant, iter_quantizers
+from dqa_plugins import DQA, DenseSparse, Direct, Method, NoisyQuant, iter_quantizers, method_to_dict
 
 METHODS: dict[str, Method] = {
     "Direct": Direct(bits=4),
@@ -104,14 +104,12 @@ def brevitas(wanted: dict[str, Method]) -> nn.Module:
 
 
 def nncf(wanted: dict[str, Method]) -> nn.Module:
-    import dataclasses
-
     import nncf as host
 
     from dqa_plugins.adapters.nncf import quantize
 
     def entry(method: Method) -> dict[str, Any]:
-        fields = {k: v for k, v in dataclasses.asdict(method).items() if v is not None}
+        fields = {k: v for k, v in method_to_dict(method).items() if v is not None and k != "method"}
         return {"mode": method.name, **fields}
 
     first = next(iter(wanted.values()))
