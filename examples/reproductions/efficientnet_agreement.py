@@ -1,0 +1,148 @@
+"""A real pretrained network: how often EfficientNet-Lite0, quantized, still gives the answer that it gives in float.
+
+    python -m examples.reproductions.efficientnet_agreement --quick
+    python -m examples.reproductions.efficientnet_agreement --data ~/imagenet      # accuracy instead of agreement
+
+Every method at 3 to 6 bits on every activation but those of the first and last layer, weights float, parameters static,
+calibrated on crops that are not tested (of the same photos: there are seven). No labels are needed. "Stored" is the DQA
+paper's use: only the residual shortcuts are quantized, which are linear bottlenecks here and carry a sign.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+from dqa_plugins import DQA, DenseSparse, Direct, Method, NoisyQuant, iter_quantizers
+from dqa_plugins.adapters.fx import get_qconfig_mapping
+from dqa_plugins.report import activation_report
+from dqa_plugins.storage import prepare_stored
+from examples.reproductions import common
+from examples.reproductions.workloads import Workload, workload
+
+BITS = (3, 4, 5, 6)
+PLACES = ("stored", "all")
+KEY = "efficientnet_lite0"
+
+
+def methods(bits: int) -> dict[str, Method]:
+    """The rows at one bit width."""
+    return {
+        "Direct": Direct(bits=bits),
+        "Direct, per channel": Direct(bits=bits, granularity="channel"),
+        "NoisyQuant": NoisyQuant(bits=bits),
+        "DQA": DQA(bits=bits),
+        "DQA, per channel": DQA(bits=bits, granularity="channel"),
+        "Dense+Sparse": DenseSparse(bits=bits),
+    }
+
+
+@torch.no_grad()
+def quantize(task: Workload, method: Method, place: str, run: int) -> nn.Module:
+    """The calibrated network with frozen quantizers on stored shortcuts, or on all activations."""
+    batches = [inputs for inputs, _ in task.calibration_batches(run)]
+    prepared: Any
+    if place == "stored":
+        prepared = prepare_stored(task.model, method, batches[0][:1])
+    else:
+        mapping = get_qconfig_mapping(method, weight_bits=None, skip=("first", "last"))
+        prepared = prepare_fx(task.model, mapping, (batches[0][:1],))
+    for inputs in batches:
+        prepared(inputs)
+    if place == "all":
+        return convert_fx(prepared)
+    for _, quantizer in iter_quantizers(prepared):
+        quantizer.freeze()
+    return prepared
+
+
+@torch.no_grad()
+def measure(bits: int, name: str, place: str, run: int, options: common.Options) -> dict[str, Any]:
+    """One row in one run. Runs in a process of its own."""
+    task = workload(KEY, options.data, None, quick=options.quick)
+    model = quantize(task, methods(bits)[name], place, run)
+    hits, distances = 0, []
+    for inputs, targets in task.test:
+        logits, expected = model(inputs), task.model(inputs)
+        hits += int((logits.argmax(1) == targets).sum())
+        distances.append((logits - expected).square().sum(1) / expected.square().sum(1))
+    sample: Tensor = task.test[0][0]
+    return {
+        "bits": bits,
+        "method": name,
+        "place": place,
+        "run": run,
+        "agreement": 100 * hits / sum(len(targets) for _, targets in task.test),
+        "relative_logit_error": float(torch.cat(distances).mean().sqrt()),
+        "bits_per_activation": activation_report(model, [sample]).bits_per_activation,
+    }
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and deviation over the runs."""
+    cells = []
+    for place in PLACES:
+        for bits in BITS:
+            for name in methods(bits):
+                found = [r for r in rows if (r["place"], r["bits"], r["method"]) == (place, bits, name)]
+                values = ("agreement", "relative_logit_error", "bits_per_activation")
+                means = {value: common.mean_std(r[value] for r in found) for value in values}
+                cells.append({"place": place, "bits": bits, "method": name, **means})
+    return cells
+
+
+def plot(cells: list[dict[str, Any]], task: Workload, options: common.Options) -> None:
+    """Agreement against bits per activation."""
+    figure, panels = common.axes(len(PLACES))
+    titles = {"stored": "stored shortcuts only", "all": "all activations but first and last layer"}
+    for axis, place in zip(panels, PLACES, strict=True):
+        for name, marker in zip(methods(4), "oPvs*D", strict=True):
+            found = [c for c in cells if (c["place"], c["method"]) == (place, name)]
+            x, y = [c["bits_per_activation"].mean for c in found], [c["agreement"].mean for c in found]
+            spread = [c["agreement"].std for c in found]
+            axis.errorbar(x, y, spread, marker=marker, markersize=5, capsize=2, label=name)
+        axis.set_xlabel("bits per activation, fixed-length codes, side information in")
+        axis.set_ylabel("accuracy, %" if task.real else "same top-1 as FP32, %")
+        axis.set_title(titles[place], fontsize=10)
+        axis.set_ylim(-2, 102)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"{task.title}; weights float, {options.runs} runs")
+    common.save(figure, options, "efficientnet_agreement")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run, print, write."""
+    options = common.parse(__doc__, arguments, runs=(3, 1))
+    started = time.perf_counter()
+    common.settle()
+    task = workload(KEY, options.data, None, quick=options.quick)
+    jobs = [
+        (bits, name, place, run, options)
+        for place in reversed(PLACES)
+        for bits in BITS
+        for name in methods(bits)
+        for run in range(options.runs)
+    ]
+    rows = common.run_jobs(measure, jobs, options)
+    cells = summarize(rows)
+    lines: list[list[str] | None] = []
+    for cell in cells:
+        if cell["method"] == "Direct":
+            lines.append(None)
+        values = (cell["agreement"], cell["relative_logit_error"], cell["bits_per_activation"])
+        lines.append([cell["place"], cell["method"], str(cell["bits"]), *map(str, values)])
+    columns = ("activations", "method", "n", "same top-1 %", "relative error of the logits", "bits / activation")
+    common.show(f"{task.title}; weights float, {options.runs} runs", columns, lines, text=2)
+    plot(cells, task, options)
+    report = {"data": task.title, "cells": cells, "rows": rows}
+    common.write(options, "efficientnet_agreement", report, started)
+    return report
+
+
+if __name__ == "__main__":
+    main()
