@@ -8,6 +8,7 @@ Beside it the bytes of the skips themselves and the run time. One object per net
     skip_mb_fp32, skip_mb_<n>bit            what is held for the skips, tables included
     skip_share_<n>bit                       their ratio
     seconds_fp32, seconds_<n>bit            one pass, median of `--repeats`
+and "machine": cores, threads, the load at the end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from dqa_plugins import DQA
 from dqa_plugins.storage import convert_stored, prepare_stored, storage_report
+from examples.benchmarks.machine import machine
 from examples.networks.resnet import ResNet
 from examples.networks.unet import unet
 
@@ -84,7 +86,7 @@ def main() -> None:
         "resnet32": measure(ResNet(5, in_channels=3).eval(), small, arguments.coding, arguments.repeats),
     }
     if arguments.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps({**result, "machine": machine()}, indent=2))
         return
     for name, fields in result.items():
         print(name)

@@ -11,9 +11,12 @@ Fields, all dimensionless ratios unless a unit is in the name (`_joint`: coding 
     encode_vs_bitarray, decode_vs_bitarray  speed over bitarray's canonical Huffman coder, shift errors only (joint:
                                             whole codes), quantization not counted for bitarray; higher is better
     encode_vs_zstd1, decode_vs_zstd1        speed over zstd level 1 on the packed codes, likewise
-    encode_two_threads, decode_two_threads  speed of two threads over one
+    encode_two_threads, decode_two_threads  speed of two threads over one, wall-clock
+    encode_two_threads_cpu, decode_two_threads_cpu   the same by CPU time of the calling thread: what a second core that
+                                            is idle would give, where the machine has none to spare
     bits_none, bits_shift_error, bits_joint, bits_auto, bits_zstd1   stored bits per activation, all side information
     bits_entropy_shift_error, bits_entropy_joint                     n + order-0 entropy; order-0 entropy of the codes
+With --json also "machine": cores, threads, the load at the end.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from torch import Tensor
 
 from dqa_plugins import DQA, ActivationQuantizer
 from dqa_plugins.storage import pack, set_threads
+from examples.benchmarks.machine import machine
 
 COUNT = 6_291_456  # values of one input
 SLICE = 16  # bitarray works on one part in 16
@@ -149,21 +153,18 @@ def measure(repeats: int) -> dict[str, float]:
     for coding in ("none", "shift_error", "joint"):
         jobs[f"{coding} encode"] = lambda t, c=coding: pack(inputs[t % count], quantizer, c)
         jobs[f"{coding} decode"] = lambda t, c=coding: packed[c][t % count].unpack(out=out)
+    part = inputs[0].numel() // SLICE
+    for coding, symbols in (("shift_error", errors), ("joint", whole)):
+        for name, job in bitarray_jobs([s[:part] for s in symbols]).items():
+            jobs[f"bitarray {coding} {name}"] = job
     set_threads(1)
     seconds = Clock(repeats).run(jobs)
-    part = inputs[0].numel() // SLICE
-    slow = {
-        f"{coding} {name}": job
-        for coding, symbols in (("shift_error", errors), ("joint", whole))
-        for name, job in bitarray_jobs([s[:part] for s in symbols]).items()
-    }
-    baseline = Clock(max(3, repeats // 5)).run(slow)
     for coding, suffix in (("shift_error", ""), ("joint", "_joint"), ("none", "_none")):
         for way in ("encode", "decode"):
             ours = seconds[f"{coding} {way}"]
             result[f"{way}_vs_memcpy{suffix}"] = ours / seconds["memcpy"]
             if coding != "none":
-                result[f"{way}_vs_bitarray{suffix}"] = baseline[f"{coding} {way}"] * SLICE / ours
+                result[f"{way}_vs_bitarray{suffix}"] = seconds[f"bitarray {coding} {way}"] * SLICE / ours
                 result[f"{way}_vs_zstd1{suffix}"] = seconds[f"zstd {way}"] / ours
     result.update(two_threads(inputs, quantizer, packed, out, repeats))
     result["memcpy_gb_per_s"] = inputs[0].numel() * 4 / seconds["memcpy"] / 1e9
@@ -173,8 +174,8 @@ def measure(repeats: int) -> dict[str, float]:
 def two_threads(
     inputs: list[Tensor], quantizer: ActivationQuantizer, packed: dict[str, list[Any]], out: Tensor, repeats: int
 ) -> dict[str, float]:
-    """Speed of two threads over one, wall-clock: only meaningful where a second core is idle."""
-    wall = {}
+    """Speed of two threads over one. Wall-clock is only meaningful where a second core is idle."""
+    jobs = {}
     for threads in (1, 2):
 
         def encode(turn: int, threads: int = threads) -> None:
@@ -185,10 +186,14 @@ def two_threads(
             set_threads(threads)
             packed["shift_error"][turn % len(inputs)].unpack(out=out)
 
-        wall[f"encode {threads}"], wall[f"decode {threads}"] = encode, decode
-    seconds = Clock(repeats, time.perf_counter).run(wall)
+        jobs[f"encode {threads}"], jobs[f"decode {threads}"] = encode, decode
+    result = {}
+    for suffix, timer in (("", time.perf_counter), ("_cpu", time.thread_time)):
+        seconds = Clock(repeats, timer).run(jobs)
+        for way in ("encode", "decode"):
+            result[f"{way}_two_threads{suffix}"] = seconds[f"{way} 1"] / seconds[f"{way} 2"]
     set_threads(None)
-    return {f"{way}_two_threads": seconds[f"{way} 1"] / seconds[f"{way} 2"] for way in ("encode", "decode")}
+    return result
 
 
 def main() -> None:
@@ -198,7 +203,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments.repeats)
     if arguments.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps({**result, "machine": machine()}, indent=2))
         return
     for name, value in result.items():
         print(f"{name:28s} {value:12.4g}")
