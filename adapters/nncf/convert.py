@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination, UnsupportedInput
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp.augment import augmented
-from dqa_plugins.qpp.bus import Bus, connect
+from dqa_plugins.qpp.bus import Bus, connect, tap_inputs
 from dqa_plugins.sites import iter_quantizers
 
 from .config import Entry, parse
@@ -52,7 +52,7 @@ class Plan:
         overrides: (scope, method or None), see `place.choose_methods`.
         weights: False leaves them float.
         num_samples: dataset items to run, None for all.
-        samples: the dataset, which QPP may ask to run augmented items too.
+        samples: the dataset, which tells QPP of each forward and may run augmented items too.
     """
 
     method: Method
@@ -111,11 +111,13 @@ class ActivationQuantization(MinMaxQuantization):
             self.collectors.append(collector)
             for tensor in site.tensors:
                 container.add_statistic_point(StatisticPoint(tensor.points[0], collector, self._algorithm_key))
-        bus = connect([site.quantizer for site in self.sites], inputs=0)
-        if bus is not None:
+        samples = self.plan.samples
+        # nncf.quantize itself hands the model's inputs to nobody: there the first site starts a forward
+        bus = connect([site.quantizer for site in self.sites], inputs=0 if samples is None else samples.inputs)
+        if bus is not None and samples is not None:
+            samples.bus = bus
+        elif bus is not None:
             self.collectors[0].bus = bus
-            if self.plan.samples is not None:
-                self.plan.samples.bus = bus
         return container
 
     def apply(
@@ -152,15 +154,21 @@ class FirstSamples:
 
     def __init__(self, dataset: nncf.Dataset, limit: int | None) -> None:
         self.dataset, self.limit = dataset, limit
-        self.bus: Bus | None = None  # QPP: who learns from augmented items, if any
+        self.bus: Bus | None = None  # QPP: of the model
+        self.augment = True
+        self.inputs = 0  # tensors in an item
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._items():
-            yield item
             tensors = tuple(_tensors(item))
-            changed = None if self.bus is None else augmented(self.bus, tensors)
+            self.inputs = len(tensors)
+            if self.bus is not None:
+                self.bus.begin(tensors)
+            yield item
+            changed = augmented(self.bus, tensors) if self.bus is not None and self.augment else None
             if self.bus is not None and changed is not None:
                 with self.bus.augment():
+                    self.bus.begin(changed)
                     yield _replaced(item, iter(changed))
 
     def _items(self) -> Iterator[Any]:
@@ -249,17 +257,21 @@ def quantize(model: nn.Module, dataset: nncf.Dataset, config: Any) -> nn.Module:
     graph = wrapper.get_graph()
     ignored = ignored_operations(entry, graph, wrapper.model, enclosing_modules(wrapper))
     # bias correction takes its statistics from the same run, which must not be of augmented items then
-    steps: list[Any] = [_algorithm(entry, ignored, None if entry.bias_correction else samples)]
+    samples.augment = not entry.bias_correction
+    steps: list[Any] = [_algorithm(entry, ignored, samples)]
     if entry.bias_correction:
         steps.append(FastBiasCorrection(subset_size=_ALL))
     with torch.no_grad():
-        return _run(steps, wrapper, graph, items).eval()
+        quantized = _run(steps, wrapper, graph, items).eval()
+    if samples.bus is not None:
+        tap_inputs(quantized, samples.bus)
+    return quantized
 
 
 _ALL = 2**62  # NNCF's subset sizes are numbers, with 100 or 300 as the default
 
 
-def _algorithm(entry: Entry, ignored: list[str], samples: FirstSamples | None) -> ActivationQuantization:
+def _algorithm(entry: Entry, ignored: list[str], samples: FirstSamples) -> ActivationQuantization:
     weights = None
     if entry.weights is not None:
         scheme = QuantizationScheme(entry.weights.mode)

@@ -142,9 +142,10 @@ def resolve_site(wanted: str, names: Sequence[str], inputs: int) -> list[str]:
         return [wanted]
     inside = [name for name in names if name.startswith(wanted + ".")]
     if not inside:
+        known = [*([INPUT] if inputs else []), *names]
         raise InvalidMethod(
             f"QPP(sites=...): '{wanted}' is no quantized site, and no module that contains one. Sites are "
-            f"'{INPUT}', {', '.join(repr(n) for n in names[:12])}{', ...' if len(names) > 12 else ''}."
+            f"{', '.join(map(repr, known[:12]))}{', ...' if len(known) > 12 else ''}."
         )
     return [inside[-1]]
 
