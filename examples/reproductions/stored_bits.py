@@ -210,7 +210,8 @@ def draw(results: list[dict[str, Any]], options: Options) -> None:
         axis.set_ylabel(f"{result['metric']}, %")
         data = "photo crops" if result["network"] == "efficientnet_lite0" else "digits"
         axis.set_title(f"{result['network']} on {data}, {result['runs']} calibrations")
-    panels[-1].legend(fontsize=8, loc="lower right")
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4 if len(results) == 1 else 8, fontsize=8)
     save(figure, options, "stored_bits")
 
 
