@@ -164,6 +164,7 @@ def plot(
 ) -> None:
     """Scores at w8a4 above, failure rates below, one column per network."""
     figure, panels = common.axes(2 * len(tasks), width=5.2, height=3.6, columns=len(tasks))
+    caps = 2 if options.runs > 1 else 0
     for column, task in enumerate(tasks):
         axis = panels[column]
         labels, clean, shifted = [], [], []
@@ -175,27 +176,25 @@ def plot(
                 clean.append(cell["clean"])
                 shifted.append(cell["shifted"])
         places = range(len(labels))
-        for offset, values, label in ((-0.2, clean, "clean"), (0.2, shifted, "shifted exposure")):
+        for offset, values, label, marker in ((-0.1, clean, "clean", "o"), (0.1, shifted, "shifted exposure", "s")):
             heights, spreads = [v.mean for v in values], [v.std for v in values]
-            axis.bar([p + offset for p in places], heights, 0.4, yerr=spreads, capsize=2, label=label)
+            x = [p + offset for p in places]
+            axis.errorbar(x, heights, spreads, fmt=marker, markersize=6, capsize=caps, label=label)
         axis.axhline(fp32[task.key]["clean"], color="tab:blue", linewidth=1, label="FP32")
         axis.axhline(fp32[task.key]["shifted"], color="tab:orange", linewidth=1, label="FP32, shifted")
-        lowest = min(v.mean for v in (*clean, *shifted))
-        top = max(fp32[task.key].values())
-        axis.set_ylim(lowest - 0.3 * (top - lowest) - 0.1, top + 0.1 * (top - lowest) + 0.1)
         axis.set_xticks(list(places), labels, rotation=40, ha="right", fontsize=7)
         axis.set_ylabel(f"{task.metric}, w8a4")
         axis.set_title(f"{task.network}\n{task.data}", fontsize=9)
-        axis.legend(fontsize=7)
         below = panels[len(tasks) + column]
         found = [c for c in frs if c["network"] == task.key]
         for number, key in enumerate(("clean FR(1)", "clean FR(0.5)", "shifted FR(1)", "shifted FR(0.5)")):
             heights, spreads = [c[key].mean for c in found], [c[key].std for c in found]
             x = [p + 0.2 * (number - 1.5) for p in range(len(found))]
-            below.bar(x, heights, 0.2, yerr=spreads, capsize=2, label=key)
+            below.bar(x, heights, 0.2, yerr=spreads if caps else None, capsize=caps, label=key)
         below.set_xticks(range(len(found)), [c["source"] for c in found], fontsize=8)
         below.set_ylabel("failure rate, %")
-        below.legend(fontsize=7)
+    for axis in (panels[0], panels[len(tasks)]):
+        axis.legend(fontsize=7)
     figure.suptitle("Dense+Sparse with 1% density, and standard quantization (min / max): scores and failure rates")
     common.save(figure, options, "qpp_tables")
 

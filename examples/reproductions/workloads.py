@@ -259,7 +259,7 @@ def _espcn(data: Path | None, quick: bool) -> Workload:
         name = "six photos of scikit-image (stand-in for Set5 and Set14)"
         test = photos.super_resolution_pairs(photos.TEST_PHOTOS)
         if quick:
-            test = [(low[..., 60:200, 60:200], high[..., 120:400, 120:400]) for low, high in test]
+            test = [(low[..., 60:204, 60:204], high[..., 120:408, 120:408]) for low, high in test]
     return Workload("espcn", name, data is not None, load("espcn")[0], test, draw, 128, 32, 16, 0.4, "PSNR dB")
 
 
