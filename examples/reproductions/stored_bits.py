@@ -203,9 +203,10 @@ def draw(results: list[dict[str, Any]], options: Options) -> None:
         axis.axhline(reference - POINTS, color="black", linewidth=0.8, linestyle="--", label=f"FP32 - {POINTS}")
         lowest = reference - (8 if result["metric"] == "test accuracy" else 30)
         axis.set_ylim(lowest, reference + 0.1 * (reference - lowest))
-        axis.set_xlim(0.6, 8)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([0.75, 1, 1.5, 2, 3, 4, 6, 8], ["0.75", "1", "1.5", "2", "3", "4", "6", "8"])
+        axis.set_xlim(*((0.7, 8.0) if result["metric"] == "test accuracy" else (1.4, 10.0)))
+        ticks = [t for t in (0.75, 1, 1.5, 2, 3, 4, 6, 8) if axis.get_xlim()[0] <= t]
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.set_xlabel("stored bits per activation, tables included")
         axis.set_ylabel(f"{result['metric']}, %")
         data = "photo crops" if result["network"] == "efficientnet_lite0" else "digits"
