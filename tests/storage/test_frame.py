@@ -36,7 +36,7 @@ def frames() -> list[bytes]:
             DenseSparse(bits=2, density=0.3, qparams="dynamic"),
         )
     ):
-        x = tensor((2, 6, 20, 20), seed, "relu" if seed % 2 else "normal")
+        x = tensor((2, 6, 10, 10), seed, "relu" if seed % 2 else "normal")
         quantizer = quantizer_for(method, x)
         found += [pack(x, quantizer, coding).to_bytes() for coding in CODINGS]
     return found
@@ -248,8 +248,8 @@ def test_fuzz_a_little() -> None:
 
 @pytest.mark.slow
 def test_fuzz_a_hundred_thousand() -> None:
-    read, refused = fuzz(120_000, seed=2)
-    assert read + refused == 120_000
+    read, refused = fuzz(100_000, seed=2)
+    assert read + refused == 100_000
     assert read > 1000, "the forged frames must get past the checks, or the decoder is not tested"
 
 

@@ -83,6 +83,7 @@ def test_frozen_quantizers_equal_those_of_fx_bit_for_bit(name: str, method: Any)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("pt2e-batch-norms")
 def test_batch_norms_that_stay_equal_those_of_fx() -> None:
     """Batch norms that no convolution takes in are quantized themselves."""
     fx, pt2e = both("norms", DQA(bits=3))

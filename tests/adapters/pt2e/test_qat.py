@@ -137,6 +137,7 @@ def test_checkpoint_in_the_middle_of_training() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("pt2e-batch-norms")  # see conftest.py
 @pytest.mark.parametrize("weight_bits", [8, None])
 def test_batch_norms(weight_bits: int | None) -> None:
     """torchao rewrites conv and batch norm for QAT and folds them after (only behind quantized weights)."""
