@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,36 +85,54 @@ class BackendParity:
         )
 
 
+class _Call(NamedTuple):
+    """One call of a quantizer in the network: tensor in, tensor out, and the prediction that it used, if any."""
+
+    quantizer: LeanQuantizer
+    x: Tensor
+    y: Tensor
+    prediction: Tensor | None
+
+
 class _Tapped(nn.Module):
     """Returns the outputs of a model followed by the output of each quantizer call."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.calls: list[tuple[LeanQuantizer, Tensor, Tensor]] = []
+        self.calls: list[_Call] = []
+        self.tracing = False
         for module in model.modules():
             if isinstance(module, LeanQuantizer):
                 module.register_forward_hook(self._note)
 
     def _note(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, LeanQuantizer):
-            self.calls.append((module, args[0], output))
+            prediction = args[1] if len(args) > 1 else None
+            predictor = module.original.predictor
+            if prediction is None and predictor is not None and not self.tracing:
+                prediction = predictor.predict(module.original, args[0])
+            self.calls.append(_Call(module, args[0], output, prediction))
 
     def forward(self, *inputs: Tensor) -> tuple[Any, list[Tensor]]:
         self.calls.clear()
         output = self.model(*inputs)
-        return output, [call[2] for call in self.calls]
+        return output, [call.y for call in self.calls]
 
 
 class _Side(nn.Module):
     """Several quantizers side by side: one export for all of them."""
 
-    def __init__(self, quantizers: Sequence[nn.Module]) -> None:
+    def __init__(self, quantizers: Sequence[nn.Module], predicted: Sequence[bool]) -> None:
         super().__init__()
-        self.quantizers = nn.ModuleList(quantizers)
+        self.quantizers, self.predicted = nn.ModuleList(quantizers), predicted
 
     def forward(self, *xs: Tensor) -> list[Tensor]:
-        return [q(x) for q, x in zip(self.quantizers, xs, strict=True)]
+        left = iter(xs)  # a prediction follows its tensor
+        return [
+            q(next(left), next(left)) if predicted else q(next(left))
+            for q, predicted in zip(self.quantizers, self.predicted, strict=True)
+        ]
 
 
 class Comparison:
@@ -140,12 +158,16 @@ class Comparison:
         self.calls = list(tapped.calls)
         self.names: list[str] = []
         seen: dict[str, int] = {}
-        for quantizer, _, _ in self.calls:
+        tapped.tracing = True
+        for quantizer, *_ in self.calls:
             name = quantizer.original.name or "quantizer"
             seen[name] = seen.get(name, -1) + 1
             self.names.append(f"{name} (call {seen[name] + 1})" if seen[name] else name)
-        side = _Side([LeanQuantizer(quantizer.original, quantizer.ranks) for quantizer, _, _ in self.calls])
-        self.tensors = tuple(call[1].contiguous() for call in self.calls)
+        side = _Side(
+            [LeanQuantizer(call.quantizer.original, call.quantizer.ranks) for call in self.calls],
+            [call.prediction is not None for call in self.calls],
+        )
+        self.tensors = tuple(t.contiguous() for call in self.calls for t in (call.x, call.prediction) if t is not None)
         self.side, self.plain = Target(side, self.tensors), Target(ready, self.inputs)
         self.tapped = Target(tapped, self.inputs)
 
@@ -161,8 +183,8 @@ class Comparison:
         """
         own = {
             variant: [
-                QuantizerParity(name, *_parity(quantizer.original, x, y, z))
-                for name, (quantizer, x, y), z in zip(self.names, self.calls, run(*self.tensors), strict=True)
+                QuantizerParity(name, *_parity(call, z))
+                for name, call, z in zip(self.names, self.calls, run(*self.tensors), strict=True)
             ]
             for variant, run in (compiled(backend, self.side) if self.calls else ())
         }
@@ -200,9 +222,9 @@ def _outputs(value: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _outputs(part)]
 
 
-def step_of(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+def step_of(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None = None) -> Tensor:
     """Width of one step at each value of x, (B, ...); broadcasts against x, unit of x."""
-    scale, lower, upper = quantizer.runtime_qparams(x)
+    scale, lower, upper = quantizer.runtime_qparams(x, prediction)
     if scale is None:
         return affine_qparams(lower, upper, quantizer.method.bits)[0]  # type: ignore[arg-type]
     if isinstance(quantizer.method, DQA):
@@ -210,10 +232,10 @@ def step_of(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     return scale
 
 
-def tie_distance(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+def tie_distance(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None = None) -> Tensor:
     """Distance of each value of x to where its result jumps (a rounding tie, or a threshold), in steps."""
-    step = nonzero(step_of(quantizer, x))
-    scale, lower, upper = quantizer.runtime_qparams(x)
+    step = nonzero(step_of(quantizer, x, prediction))
+    scale, lower, upper = quantizer.runtime_qparams(x, prediction)
     method = quantizer.method
     y = x / step
     if isinstance(method, NoisyQuant):
@@ -227,30 +249,30 @@ def tie_distance(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     return distance
 
 
-def _parity(quantizer: ActivationQuantizer, x: Tensor, y: Tensor, z: Tensor) -> tuple[float, float]:
-    difference = (y.double() - z.double()).abs()
-    off = difference > 0.5 * step_of(quantizer, x)
+def _parity(call: _Call, z: Tensor) -> tuple[float, float]:
+    difference = (call.y.double() - z.double()).abs()
+    off = difference > 0.5 * step_of(call.quantizer.original, call.x, call.prediction)
     return float(difference.max()), float(off.double().mean())
 
 
 def _network(
     expected: list[Tensor],
     got: list[Tensor],
-    calls: list[tuple[LeanQuantizer, Tensor, Tensor]],
+    calls: list[_Call],
     outputs: list[Tensor],
     taps: list[Tensor],
 ) -> NetworkParity:
     first = expected[0]
     touched = torch.zeros(len(first), dtype=torch.bool)
     worst = 0.0
-    for (quantizer, x, _), y, z in zip(calls, outputs, taps, strict=True):
+    for (quantizer, x, _, prediction), y, z in zip(calls, outputs, taps, strict=True):
         original = quantizer.original
         difference = (y.double() - z.double()).abs()
-        off = difference > 0.5 * step_of(original, x)
+        off = difference > 0.5 * step_of(original, x, prediction)
         per_sample = off.flatten(1).any(1)
         fresh = per_sample & ~touched
         if fresh.any():
-            worst = max(worst, float(tie_distance(original, x)[fresh][off[fresh]].max()))
+            worst = max(worst, float(tie_distance(original, x, prediction)[fresh][off[fresh]].max()))
         touched |= per_sample
     agreement = None
     if first.ndim == 2 and first.shape[1] > 1:
