@@ -78,7 +78,7 @@ def failure_rate(densities: Tensor, target: float = 0.01, margin: float = 0.005)
     """
     if densities.numel() == 0:
         return float("nan")
-    return float(((densities.double() - target).abs() > margin * (1 + 1e-9)).double().mean())
+    return float(((densities.double() - target).abs() > margin * (1 + 1e-6)).double().mean())
 
 
 def prediction_error(predicted: Tensor, dynamic: Tensor) -> Tensor:
@@ -88,8 +88,9 @@ def prediction_error(predicted: Tensor, dynamic: Tensor) -> Tensor:
         predicted, dynamic: (B, ...) of one shape.
 
     Returns:
-        (B,) float64, the mean over a sample's parameters; those whose own value is zero count only if missed (as 1).
+        (B,) float64, the mean over a sample's parameters; one whose own value is zero is measured by the sample's
+        largest.
     """
     difference, own = (predicted - dynamic).abs().double().flatten(1), dynamic.abs().double().flatten(1)
-    ratio = torch.where(own > 0, difference / own.clamp(min=1e-30), (difference > 0).double())
-    return ratio.mean(1)
+    largest = own.amax(1, keepdim=True).clamp(min=1e-30)
+    return (difference / torch.where(own > 0, own, largest)).mean(1)

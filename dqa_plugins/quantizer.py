@@ -230,7 +230,6 @@ class ActivationQuantizer(StateModule):
         if x.ndim == 1:
             return self.forward(x.unsqueeze(1), prediction).squeeze(1)
         if self._state == "observe":
-            self._offer(x)
             self._observe(x)
             return x
         if self._state == "qat":
@@ -318,7 +317,9 @@ class ActivationQuantizer(StateModule):
         self._check_channels(x)
         augmenting = self.tap is not None and self.tap[0].augmenting
         if self.predictor is not None:
-            self.predictor.start(self)
+            self.predictor.start(self, x)
+        self._offer(x)
+        if self.predictor is not None:
             self.predictor.observe(self, x, statistic(x, self.method, self._axis))
         if not augmenting:
             self.calibration.observe(x, self._rows(x), self.method, self._axis, moving=self._state == "qat")

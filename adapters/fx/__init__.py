@@ -15,6 +15,7 @@ from .config import (
     get_qconfig,
     get_qconfig_mapping,
     noisyquant_qconfig,
+    qpp_qconfig,
 )
 from .hooks import install
 from .observer import FXObserver
@@ -30,4 +31,5 @@ __all__ = [
     "get_qconfig",
     "get_qconfig_mapping",
     "noisyquant_qconfig",
+    "qpp_qconfig",
 ]

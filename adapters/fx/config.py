@@ -17,6 +17,7 @@ from torch.ao.quantization import (
 
 from dqa_plugins.errors import InvalidMethod, NotAMethod
 from dqa_plugins.methods import DQA, DenseSparse, Direct, Method, NoisyQuant, check_method
+from dqa_plugins.sources import QPP
 
 from .observer import FXObserver
 
@@ -145,3 +146,4 @@ direct_qconfig = get_qconfig_mapping(Direct())
 dqa_qconfig = get_qconfig_mapping(DQA())
 noisyquant_qconfig = get_qconfig_mapping(NoisyQuant())
 dense_sparse_qconfig = get_qconfig_mapping(DenseSparse())
+qpp_qconfig = get_qconfig_mapping(DenseSparse(qparams=QPP()))

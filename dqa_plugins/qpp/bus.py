@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 HISTORY = 3  # quantized tensors before, whose notes the extended mode reads
 INPUT = "input"
 
-_known: weakref.WeakValueDictionary[str, Bus] = weakref.WeakValueDictionary()
+_restored: weakref.WeakValueDictionary[str, Bus] = weakref.WeakValueDictionary()
 
 
 class Bus:
     """Shared by all quantizers of one model; copies of the model get a copy.
 
     Attributes:
-        name: to find it again by after a round trip through state_dict.
+        name: by which the quantizers of a model that is loaded from a state_dict find each other.
+        alone: of one quantizer that nobody connected.
         step: number of the forward.
         first_sample: number of the first sample of this forward.
         augmenting: this forward is one of changed inputs, for the regressions only.
@@ -46,14 +47,16 @@ class Bus:
         self.features: dict[tuple[str, str], Tensor] = {}
         self.notes: dict[str, Tensor] = {}
         self.step = self.first_sample = self.next_sample = 0
-        self.augmenting = self.augmented = self.fitted = False
+        self.augmenting = self.augmented = self.fitted = self.alone = False
         self.inputs: tuple[tuple[str, str], ...] = ()
-        _known.setdefault(self.name, self)
 
     @classmethod
     def named(cls, name: str) -> Bus:
-        """The bus of that name; a new one if there is none in this process."""
-        return _known.get(name) or cls(name)
+        """The bus of models loaded from a state_dict with this name, never that of the model which was saved."""
+        bus = _restored.get(name)
+        if bus is None:
+            _restored[name] = bus = cls(name)
+        return bus
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bus:
         import copy

@@ -129,13 +129,17 @@ class Predictor(StateModule):
     def _nothing(self, x: Tensor) -> Tensor:
         return torch.zeros((x.shape[0], site_size(self.mode)), dtype=torch.float64, device=x.device)
 
-    def start(self, quantizer: ActivationQuantizer) -> None:
-        """Fix what the first tensor told: the channel axis, and its own site if nobody connected it."""
+    def start(self, quantizer: ActivationQuantizer, x: Tensor) -> None:
+        """Fix what a calibration tensor told: the channel axis, and its own site if nobody connected it."""
         self.note.axis = self.own.axis = quantizer.channel_axis
         if self.bus is None:
             from .bus import connect
 
-            connect([quantizer], inputs=0)
+            bus = connect([quantizer], inputs=0)
+            if bus is not None:
+                bus.alone = True
+        if self.bus is not None and self.bus.alone:
+            self.bus.begin((x,))
 
     def finish(self, weight: Tensor, bias: Tensor, logarithmic: Tensor, limits: tuple[Tensor, Tensor]) -> None:
         """Set the regression; its arguments are the buffers of these names."""
