@@ -81,7 +81,7 @@ def measure(bits: int, name: str, run: int, options: common.Options) -> dict[str
     if isinstance(method, NoisyQuant):
         method = method.replace(seed=run)
     model = place(load("vit")[0], method)
-    calibration, _ = digits.calibration_subset(split, 64 if options.quick else 256, seed=run)
+    calibration, _ = digits.calibration_subset(split, 32 if options.quick else 256, seed=run)
     for part in calibration.split(64):
         model(part)
     for layer in layers(model):
@@ -101,7 +101,7 @@ def measure(bits: int, name: str, run: int, options: common.Options) -> dict[str
 
 def plot(cells: list[dict[str, Any]], fp32: float, title: str, options: common.Options) -> None:
     """Accuracy and output error, side by side."""
-    figure, panels = common.axes(2, width=5.8, height=3.8)
+    figure, panels = common.axes(2, width=6.4, height=4.0)
     names = list(methods(4))
     for number, name in enumerate(names):
         found = [c for c in cells if c["method"] == name]
@@ -112,7 +112,7 @@ def plot(cells: list[dict[str, Any]], fp32: float, title: str, options: common.O
     panels[0].axhline(fp32, color="grey", linewidth=1, label="FP32")
     panels[0].set_ylabel("accuracy, %")
     panels[0].set_ylim(min(c["accuracy"].mean for c in cells) - 8, 101)
-    panels[0].legend(fontsize=8, loc="lower left")
+    panels[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5)
     panels[1].set_ylabel("squared error of the layers' outputs, %")
     panels[1].set_yscale("log")
     for axis in panels:
