@@ -12,7 +12,7 @@ from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method
 
 from .bus import Bus
-from .features import NOTE_FEATURES, SCALE, Note, Own, site_size
+from .features import NOTE_FEATURES, SCALE, Note, Own, site_features, site_size
 from .record import SampleRecord
 
 if TYPE_CHECKING:
@@ -114,7 +114,10 @@ class Predictor(StateModule):
             prediction: Tensor = self.own(x)
             bus.notes[quantizer.name] = self.note(x, prediction)
             return prediction
-        features = bus.read(self.site, self.mode, quantizer.label) if self.site else self._nothing(x)
+        if self.site == quantizer.name:
+            features = site_features(x, self.mode)
+        else:
+            features = bus.read(self.site, self.mode, quantizer.label) if self.site else self._nothing(x)
         missing = [name for name in self.history if name not in bus.notes]
         if missing:
             raise UncalibratedQuantizer(

@@ -21,7 +21,8 @@ UNSUPPORTED = {
     "UnsupportedCombination",
     "IntQuantTensor of DenseSparse, NoisyQuant (brevitas return_quant_tensor=True)": "their values lie on no common "
     "integer grid; raises",
-    "predicted qparams (QPP)": "not built yet; qparams='static' or 'dynamic'",
+    "training (QAT) with QPP": "it is fitted once, to a network that no longer changes; raises UnsupportedCombination",
+    "stored activations with QPP": "nothing tells pack what was predicted; raises UnsupportedCombination",
 }
 
 

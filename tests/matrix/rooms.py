@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins import DQA, DenseSparse, Direct, Method, NoisyQuant, iter_quantizers, method_to_dict
+from dqa_plugins import DQA, QPP, DenseSparse, Direct, Method, NoisyQuant, iter_quantizers, method_to_dict
 
 METHODS: dict[str, Method] = {
     "Direct": Direct(bits=4),
@@ -17,7 +17,7 @@ METHODS: dict[str, Method] = {
     "DenseSparse": DenseSparse(bits=2, density=0.05),
 }
 SITES = {name: f"relu{k}" for k, name in enumerate(METHODS, 1)}
-SOURCES = ("static", "dynamic")
+SOURCES = ("static", "dynamic", "predicted")
 
 
 class Net(nn.Module):
@@ -54,8 +54,12 @@ def batches(count: int = 3, size: int = 8, seed: int = 0) -> list[Tensor]:
 
 
 def methods(source: str) -> dict[str, Method]:
-    """Site -> method, for one qparams source."""
-    return {SITES[name]: method.replace(qparams=source) for name, method in METHODS.items()}
+    """Site -> method, for one qparams source. Predicted: each site reads its own tensor (see also test_predicted)."""
+
+    def of(site: str) -> str | QPP:
+        return QPP(mode="paper", sites=("input", site)) if source == "predicted" else source
+
+    return {SITES[name]: method.replace(qparams=of(SITES[name])) for name, method in METHODS.items()}
 
 
 def fx(wanted: dict[str, Method]) -> nn.Module:

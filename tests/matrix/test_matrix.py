@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dqa_plugins import ActivationQuantizer
 from dqa_plugins.export.compare import Comparison
+from dqa_plugins.qpp import connect
 from tests.matrix.rooms import METHODS, ROOMS, SITES, SOURCES, batches, methods, net, sites
 
 BACKENDS = ("onnxruntime", "openvino", "torch.export", "torch.compile")
@@ -62,6 +63,7 @@ def float_activations(seed: int | None = None) -> dict[str, Tensor]:
 def reference(source: str, method: str) -> ActivationQuantizer:
     """A bare quantizer calibrated on the float network's own activations."""
     quantizer = ActivationQuantizer(methods(source)[SITES[method]], name=SITES[method])
+    connect([quantizer])  # predicted: it reads itself, as in the networks
     quantizer(float_activations()[SITES[method]])
     return quantizer.freeze()
 
@@ -133,7 +135,8 @@ for source, state in torch.load(base + ".states", weights_only=True).items():
     before = {n: rooms.sites(model)[n](x) for n, x in probes.items()}
     model.load_state_dict(state)
     found[source] = {n: rooms.sites(model)[n](x) for n, x in probes.items()}
-    assert source == "dynamic" or all(not torch.equal(before[n], found[source][n]) for n in probes)
+    # three times the data predicts three times the range: only static parameters move
+    assert source != "static" or all(not torch.equal(before[n], found[source][n]) for n in probes)
 torch.save(found, base + ".out")
 """
     done = subprocess.run(
