@@ -166,6 +166,8 @@ def _backend(adapter: str, source: str, backend: str) -> list[Any]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @cell
 def test_the_backend_has_the_same_numbers(adapter: str, source: str, method: str, backend: str) -> None:
+    if source == "predicted" and backend == "torch.compile" and adapter != "fx":
+        pytest.skip("inductor compiles the program that torch.export ran; half a minute each: seen with FX")
     for found in _backend(adapter, source, backend):
         (site,) = [q for q in found.quantizers if q.site == SITES[method]]
         assert site.max_difference <= 1e-5, str(found)

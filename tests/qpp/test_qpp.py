@@ -152,7 +152,9 @@ def test_an_unknown_site_is_refused_by_name() -> None:
 
 def test_a_module_stands_for_the_last_site_in_it() -> None:
     method = Direct(qparams=QPP(sites=("layer1",)))
-    quantizers = [ActivationQuantizer(method, name=n) for n in ("stem", "layer1.0.relu", "layer1.1.relu", "layer2.relu")]
+    quantizers = [
+        ActivationQuantizer(method, name=n) for n in ("stem", "layer1.0.relu", "layer1.1.relu", "layer2.relu")
+    ]
     connect(quantizers)
     assert [q.predictor.site for q in quantizers if q.predictor] == ["", "", "layer1.1.relu", "layer1.1.relu"]
 
@@ -355,7 +357,8 @@ def test_report(tmp_path: Any) -> None:
     model = calibrate(DenseSparse(density=0.05, qparams=QPP()))
     report = qpp_report(model, inputs(32, seed=5).split(8))
     text, values = str(report), report.as_dict()
-    assert "FR(0.5)" in text and "relu2" in text
+    assert "FR(0.5)" in text
+    assert "relu2" in text
     assert values["dynamic_fr05"] <= values["predicted_fr05"] <= values["static_fr05"]
     assert [layer.small for layer in report.layers] == [False] * 3
     densities = torch.cat([layer.densities["static"] for layer in report.layers])
