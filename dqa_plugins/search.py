@@ -102,8 +102,9 @@ def draw_noise(seed: int, name: str, channels: int, distribution: str) -> Tensor
 def noise_errors(rows: Tensor, scale: Tensor, shifts: Tensor, low: int, high: int) -> Tensor:
     """Squared error of Q(x + t delta) - t delta for many shifts t at once, per channel, exactly.
 
-    The error is a quadratic in t between rounding ties, so sorted values and prefix sums replace a pass over the
-    data for each candidate.
+    Between its rounding ties a value keeps its code q, and its error is a quadratic in t: added where the candidates
+    reach that code, taken away where they leave it, summed up along the candidates. A value meets as many codes as
+    the candidates are wide (five for shifts of -2..2), so the cost does not grow with the bits.
 
     Args:
         rows: (D, K) values of each channel.
@@ -116,20 +117,24 @@ def noise_errors(rows: Tensor, scale: Tensor, shifts: Tensor, low: int, high: in
     """
     scale = scale.double().expand(rows.shape)
     weights = scale.square()
-    values, order = torch.where(scale > 0, rows.double() / torch.where(scale > 0, scale, 1), 0.0).sort(dim=1)
-    weights = weights.gather(1, order)
-    zero = torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
-    moments = [torch.cat([zero, (weights * values**k).cumsum(1)], 1) for k in (0, 1, 2)]
-    codes = torch.arange(low, high + 1, dtype=torch.float64, device=rows.device)
-    errors = []
-    for part in shifts.split(max(1, 2**20 // (len(codes) * len(rows))), dim=1):
-        ties = (codes[:-1] + 0.5) - part.unsqueeze(-1)  # (D, t, codes - 1): where x / delta crosses to the next code
-        index = torch.searchsorted(values, ties.flatten(1)).reshape(ties.shape)
-        ends = torch.cat([torch.zeros_like(index[..., :1]), index, torch.full_like(index[..., :1], rows.shape[1])], -1)
-        in_code = [m.gather(1, ends.flatten(1)).reshape(ends.shape).diff(dim=-1) for m in moments]
-        value = codes - part.unsqueeze(-1)
-        errors.append((value.square() * in_code[0] - 2 * value * in_code[1] + in_code[2]).sum(-1))
-    return torch.cat(errors, 1)
+    values = torch.where(scale > 0, rows.double() / torch.where(scale > 0, scale, 1), 0.0)
+    shifts, order = shifts.double().sort(dim=1)
+    count = shifts.shape[1]
+    first = (values + shifts[:, :1]).round().clamp(low, high)
+    last = (values + shifts[:, -1:]).round().clamp(low, high)
+    totals = [torch.zeros(len(rows), count + 1, dtype=torch.float64, device=rows.device) for _ in range(3)]
+    begin = torch.zeros_like(values, dtype=torch.int64)
+    for k in range(int((last - first).max()) + 1):
+        code = first + k
+        end = torch.searchsorted(shifts, code + 0.5 - values).masked_fill(code >= last, count)
+        gap, weight = code - values, weights * (code <= last)
+        for power, total in enumerate(totals):
+            moment = weight * gap**power
+            total.scatter_add_(1, begin, moment).scatter_add_(1, end, -moment)
+        begin = end
+    none, linear, square = (total[:, :count].cumsum(1) for total in totals)
+    errors = square - 2 * shifts * linear + shifts.square() * none
+    return torch.empty_like(errors).scatter_(1, order, errors)
 
 
 def search_noise(

@@ -66,7 +66,7 @@ def test_noise_search_equals_brute_force(qparams, seed, character, bits, signed)
 
 @pytest.mark.parametrize("character", ["normal", "ties", "heavy", "sparse"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_prefix_sums_equal_brute_force_for_every_candidate(bits, character):
+def test_interval_sums_equal_brute_force_for_every_candidate(bits, character):
     """The whole error curve, not only its minimum: relative to the largest, within 1e-9."""
     rows = site(bits, character).movedim(1, 0).flatten(1)
     unit = torch.tensor([-0.7, 0.3, 0.99], dtype=torch.float64)
