@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,17 +62,25 @@ def quantize(task: Workload, method: Method, place: str, run: int) -> nn.Module:
     return prepared
 
 
+@cache
+def float_logits(options: common.Options) -> list[Tensor]:
+    """What the float network answers on the test batches, once per process."""
+    task = workload(KEY, options.data, None, quick=options.quick)
+    with torch.no_grad():
+        return [task.model(inputs) for inputs, _ in task.test]
+
+
 @torch.no_grad()
 def measure(bits: int, name: str, place: str, run: int, options: common.Options) -> dict[str, Any]:
     """One row in one run. Runs in a process of its own."""
     task = workload(KEY, options.data, None, quick=options.quick)
     model = quantize(task, methods(bits)[name], place, run)
     hits, distances = 0, []
-    for inputs, targets in task.test:
-        logits, expected = model(inputs), task.model(inputs)
+    for (inputs, targets), expected in zip(task.test, float_logits(options), strict=True):
+        logits = model(inputs)
         hits += int((logits.argmax(1) == targets).sum())
         distances.append((logits - expected).square().sum(1) / expected.square().sum(1))
-    sample: Tensor = task.test[0][0]
+    sample: Tensor = task.test[0][0][:4]
     return {
         "bits": bits,
         "method": name,
