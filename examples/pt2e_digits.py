@@ -2,7 +2,7 @@
 
     python -m examples.pt2e_digits
 
-Real digits, offline, within half a minute on two cores. Weights in 8 bits, the first and last layer float.
+Real digits, offline, half a minute on two cores. Weights in 8 bits, the first and last layer float.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def main() -> None:
     for method in (Direct(bits=3), DQA(bits=3)):
         model = quantize(method)
         score = accuracy(model, split.test_images, split.test_labels)
-        print(
-            f"{type(method).__name__} and NoisyQuant, 3 bits, {len(list(iter_quantizers(model)))} sites: {score:.1f} %"
-        )
+        sites = len(list(iter_quantizers(model)))
+        print(f"{type(method).__name__} and NoisyQuant, 3 bits, {sites} sites: {score:.1f} %")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path, images = Path(folder) / "digits.pt2", split.test_images[:64]
         torch.export.save(torch.export.export(model, (images,), dynamic_shapes=BATCH), path)
