@@ -156,6 +156,21 @@ def dequantize(q, at, size, sign, step, out, base):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
+def unite(low, high, size, out):  # type: ignore[no-untyped-def]
+    """out[:size] = the 16-bit codes of these bytes."""
+    for i in range(_u(size)):
+        out[i] = np.uint16(low[i]) | (np.uint16(high[i]) << np.uint16(8))
+
+
+@njit(cache=True, nogil=True)
+def widen(q, at, size, sign, codes, base):  # type: ignore[no-untyped-def]
+    """codes[base : base + size] = q[at : at + size] as int16; sign as in `dequantize`."""
+    source, target = _u(at), _u(base)
+    for i in range(_u(size)):
+        codes[target + i] = np.int16((np.int32(q[source + i]) ^ sign) - sign)
+
+
+@njit(cache=True, nogil=True)
 def decode_range(source, offsets, lengths, steps, inner, channels, groups, tables, first, last, out, codes):  # type: ignore[no-untyped-def]
     """Decode and dequantize chunks `first` to `last` - 1.
 
@@ -195,9 +210,8 @@ def decode_range(source, offsets, lengths, steps, inner, channels, groups, table
         if not decode_chunk(data, position, count, group, lengths[chunk], tables[g], part, streams, low, high):
             return chunk
         sign = np.int32(group[f.SIGN])
-        if wide or codes.size > 0:
-            for i in range(count):
-                whole[i] = np.uint16(low[i]) | (np.uint16(high[i] if wide else np.uint8(0)) << np.uint16(8))
+        if wide:
+            unite(low, high, count, whole)
         row, offset = begin // inner, begin % inner
         filled = 0
         while filled < count:
@@ -206,8 +220,10 @@ def decode_range(source, offsets, lengths, steps, inner, channels, groups, table
             length = min(inner - offset, count - filled)
             base = (sample * total + channel) * inner + offset
             if codes.size > 0:
-                for i in range(length):
-                    codes[base + i] = np.int16((np.int32(whole[filled + i]) ^ sign) - sign)
+                if wide:
+                    widen(whole, filled, length, sign, codes, base)
+                else:
+                    widen(low, filled, length, sign, codes, base)
             else:
                 step = steps[sample if steps.shape[0] > 1 else 0, channel]
                 if wide:

@@ -88,7 +88,7 @@ def encode_streams(index, table, flush, out, position, lengths, flags, x, ahead)
         out: uint8, written from `position`, and up to 8 bytes more.
         lengths: (4,) uint16, bytes of each stream, written.
         flags: uint8, one for every `flush` look-ups: in the low three bits the number of escapes among them.
-        x, ahead: the input, and the byte of it where the next chunk starts.
+        x, ahead: the input, and the byte of it where the next chunk starts; an empty array and 0: there is none.
 
     Returns:
         (position behind the streams, whether there was an escape).
@@ -97,7 +97,7 @@ def encode_streams(index, table, flush, out, position, lengths, flags, x, ahead)
     turns = quarter // flush
     seen = _u(0)
     c3, c6, c7, c9, c56, c63 = _u(3), _u(6), _u(7), _u(9), _u(56), _u(63)
-    stride = 4 * f.CHUNK // max(4 * turns, 1)
+    stride = 4 * f.CHUNK // max(4 * turns, 1) if x.size > 0 else 0
     for s in range(4):
         first = _u(s * quarter)
         start = position
@@ -249,6 +249,16 @@ def encode_chunk(low, high, count, group, table, out, position, lengths, part, s
 
 
 @njit(cache=True, nogil=True)
+def split(codes, base, size, low, high, at):  # type: ignore[no-untyped-def]
+    """The bytes of the 16-bit codes[base : base + size], into low and high from `at`."""
+    source, target = _u(base), _u(at)
+    for i in range(_u(size)):
+        code = np.uint16(codes[source + i])
+        low[target + i] = np.uint8(code & np.uint16(255))
+        high[target + i] = np.uint8(code >> np.uint16(8))
+
+
+@njit(cache=True, nogil=True)
 def encode_range(x, codes, steps, inner, channels, groups, tables, first, last, out, lengths, sizes):  # type: ignore[no-untyped-def]
     """Quantize and encode chunks `first` to `last` - 1.
 
@@ -290,8 +300,7 @@ def encode_range(x, codes, steps, inner, channels, groups, tables, first, last, 
             size = min(inner - offset, count - filled)
             base = (sample * total + channel) * inner + offset
             if x.size == 0:
-                for i in range(size):
-                    whole[filled + i] = codes[base + i]
+                split(codes, base, size, low, high, filled)
             else:
                 step = steps[sample if steps.shape[0] > 1 else 0, channel]
                 if wide:
@@ -303,15 +312,15 @@ def encode_range(x, codes, steps, inner, channels, groups, tables, first, last, 
             filled += size
             row += 1
             offset = 0
-        if wide or x.size == 0:
-            for i in range(count):
-                low[i] = whole[i] & np.uint16(255)
-                high[i] = whole[i] >> np.uint16(8)
+        if wide and x.size > 0:
+            split(whole, 0, count, low, high, 0)
         low[count : (count + 63) // 64 * 64] = 0
         high[count : (count + 63) // 64 * 64] = 0
         lengths[chunk, :] = 0
         start = position
         ahead = 4 * (((row // group[f.CHANNELS]) * total + channels[group[f.CHANNEL_OFFSET]]) * inner + offset)
+        if x.size == 0:
+            ahead = 0  # an address that belongs to no page is slow to ask for
         position = encode_chunk(
             low, high, count, group, tables[g], out, position, lengths[chunk], part, symbols, index, flags, x, ahead
         )

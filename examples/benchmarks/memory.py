@@ -16,10 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, too
 
 from dqa_plugins import DQA
 from dqa_plugins.storage import convert_stored, prepare_stored, storage_report

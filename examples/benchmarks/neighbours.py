@@ -1,6 +1,6 @@
 """What neighbours would tell the entropy coder: bits per activation with and without contexts.
 
-    python -m examples.benchmarks.neighbours --target 1.4
+    python -m examples.benchmarks.neighbours --target 1.4 [--json]
 
 The stored codes of ResNet-32 (digits), steps allocated for --target bits; tables from 256 calibration images, bits on
 the test images. Conditional entropies are those of an ideal arithmetic coder; units are runs of 2 or 4 symbols with a
@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, too
 
 from dqa_plugins import DQA
 from dqa_plugins.storage import PackedActivation, allocate_bits, codec, convert_stored, prepare_stored
@@ -143,7 +147,9 @@ def unit_bits(codes: Codes, context: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--target", type=float, default=1.4, help="stored bits that the steps are allocated for")
-    target = parser.parse_args().target
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    arguments = parser.parse_args()
+    target = arguments.target
     torch.set_num_threads(1)
     codes, stored = stored_codes(target)
     total = sum(c.test.size for c in codes)
@@ -152,7 +158,11 @@ def main() -> None:
         result[f"entropy, context: {context}"] = sum(conditional_bits(c, context) for c in codes) / total
     for context in ("none", "up", "left and up"):
         result[f"units and tables, context: {context}"] = sum(unit_bits(c, context) for c in codes) / total
-    print(json.dumps({name: round(value, 3) for name, value in result.items()}, indent=1))
+    if arguments.json:
+        print(json.dumps({name: round(value, 3) for name, value in result.items()}, indent=1))
+        return
+    for name, value in result.items():
+        print(f"{name:45s} {value:6.3f}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ inputs; times are medians of CPU time of the thread (wall-clock for two threads)
 
 Fields, all dimensionless ratios unless a unit is in the name (`_joint`: coding "joint", else "shift_error"):
     encode_vs_memcpy, decode_vs_memcpy      time over that of a float32 copy of the tensor; lower is better
-    encode_vs_bitarray, decode_vs_bitarray  speed over bitarray's canonical Huffman coder, shift errors only (joint:
-                                            whole codes), quantization not counted for bitarray; higher is better
-    encode_vs_zstd1, decode_vs_zstd1        speed over zstd level 1 on the packed codes, likewise
+    encode_vs_bitarray, decode_vs_bitarray  speed of the Huffman coder over bitarray's canonical one: the same shift
+                                            errors (joint: whole codes) in, bits out, and back; higher is better
+    encode_fused_vs_bitarray, decode_fused_vs_bitarray   the same against all that pack and unpack do: ours quantizes
+                                            and packs the n-bit codes besides, bitarray only codes the shift errors
+    encode_huffman_vs_memcpy, decode_huffman_vs_memcpy   time of the Huffman coder alone over that of the copy
+    encode_vs_zstd1, decode_vs_zstd1        speed of pack and unpack over zstd level 1 on the packed codes
     encode_two_threads, decode_two_threads  speed of two threads over one, wall-clock
     encode_two_threads_cpu, decode_two_threads_cpu   the same by CPU time of the calling thread: what a second core that
                                             is idle would give, where the machine has none to spare
@@ -24,16 +27,23 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, too
+
 from dqa_plugins import DQA, ActivationQuantizer
-from dqa_plugins.storage import pack, set_threads
+from dqa_plugins.storage import engine, pack, set_threads
+from dqa_plugins.storage.books import codebook_for
+from dqa_plugins.storage.codebook import Codebook
+from dqa_plugins.storage.layout import Group, Layout
 from examples.benchmarks.machine import machine
 
 COUNT = 6_291_456  # values of one input
@@ -116,6 +126,31 @@ def bitarray_jobs(symbols: list[np.ndarray]) -> dict[str, Callable[[int], Any]]:
     return {"encode": encode, "decode": decode}
 
 
+def huffman_jobs(symbols: list[Tensor], book: Codebook) -> dict[str, Callable[[int], Any]]:
+    """Encoding and decoding with our Huffman coder and nothing else, on int16 symbols (B, C, I) of the coded part."""
+    batch, channels, inner = symbols[0].shape
+    groups = tuple(Group(g.channels, g.coded[1], False, (), (0, g.coded[1]), g.table) for g in book.groups)
+    plan = engine.KernelPlan(Layout(batch, channels, inner, groups))
+    ones = torch.ones(1, channels)
+    coded = []
+    for values in symbols:
+        lengths, sizes, pieces = engine.encode(plan, None, values, ones)
+        coded.append((np.concatenate(pieces), np.concatenate([[0], np.cumsum(sizes)]), lengths))
+    out = torch.empty_like(symbols[0])
+
+    def encode(turn: int) -> None:
+        engine.encode(plan, None, symbols[turn % len(symbols)], ones)
+
+    def decode(turn: int) -> None:
+        engine.decode(plan, *coded[turn % len(coded)], ones, None, out)
+
+    for turn, values in enumerate(symbols):
+        decode(turn)
+        if not torch.equal(out, values):
+            raise RuntimeError("the Huffman coder did not give the symbols back")
+    return {"encode": encode, "decode": decode}
+
+
 def measure(repeats: int) -> dict[str, float]:
     """All fields."""
     import zstandard
@@ -157,6 +192,11 @@ def measure(repeats: int) -> dict[str, float]:
     for coding, symbols in (("shift_error", errors), ("joint", whole)):
         for name, job in bitarray_jobs([s[:part] for s in symbols]).items():
             jobs[f"bitarray {coding} {name}"] = job
+        rows = [
+            torch.from_numpy(s.astype(np.int16)).view(*x.shape[:2], -1) for s, x in zip(symbols, inputs, strict=True)
+        ]
+        for name, job in huffman_jobs(rows, codebook_for(quantizer, coding)).items():
+            jobs[f"huffman {coding} {name}"] = job
     set_threads(1)
     seconds = Clock(repeats).run(jobs)
     for coding, suffix in (("shift_error", ""), ("joint", "_joint"), ("none", "_none")):
@@ -164,7 +204,10 @@ def measure(repeats: int) -> dict[str, float]:
             ours = seconds[f"{coding} {way}"]
             result[f"{way}_vs_memcpy{suffix}"] = ours / seconds["memcpy"]
             if coding != "none":
-                result[f"{way}_vs_bitarray{suffix}"] = seconds[f"bitarray {coding} {way}"] * SLICE / ours
+                alone, theirs = seconds[f"huffman {coding} {way}"], seconds[f"bitarray {coding} {way}"] * SLICE
+                result[f"{way}_vs_bitarray{suffix}"] = theirs / alone
+                result[f"{way}_fused_vs_bitarray{suffix}"] = theirs / ours
+                result[f"{way}_huffman_vs_memcpy{suffix}"] = alone / seconds["memcpy"]
                 result[f"{way}_vs_zstd1{suffix}"] = seconds[f"zstd {way}"] / ours
     result.update(two_threads(inputs, quantizer, packed, out, repeats))
     result["memcpy_gb_per_s"] = inputs[0].numel() * 4 / seconds["memcpy"] / 1e9
