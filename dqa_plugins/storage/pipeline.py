@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ..errors import UncalibratedQuantizer
+from ..errors import InvalidMethod, UncalibratedQuantizer
 from ..methods import Method, check_method
 from ..quantizer import ActivationQuantizer
 from .codebook import build_codebook, check_coding
@@ -62,9 +62,12 @@ def prepare_stored(
         TraceFailed: torch.fx cannot trace the model.
         NothingToStore: no value lives that long.
         NotAMethod: `method` is not one.
+        InvalidMethod: min_lifetime is less than 1.
         NotPackable: its parameters are predicted (QPP).
     """
     check_method(method, "prepare_stored")
+    if min_lifetime < 1:
+        raise InvalidMethod(f"prepare_stored: min_lifetime={min_lifetime}: at least 1 compute layer must lie between.")
     if method.source == "predicted":
         raise NotPackable("prepare_stored packs with qparams='static' or 'dynamic'; QPP is not supported there.")
     traced = trace(copy.deepcopy(model))

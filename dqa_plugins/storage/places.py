@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import ExportFailed
 from ..quantizer import ActivationQuantizer
 from .codebook import Codebook
 from .edges import Edge
@@ -46,8 +47,21 @@ class StoredSite(nn.Module):
         return out
 
 
+def _check_eager(name: str) -> None:
+    """Packed bytes have no fixed size, so no exported graph can hold them.
+
+    Raises:
+        ExportFailed: the model is being exported or traced.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise ExportFailed(
+            f"'{name}' packs its tensor, which an exported graph cannot express. Export the model that was given to "
+            "convert_stored: it computes the same values."
+        )
+
+
 class Pack(nn.Module):
-    """Packs what it is given; the codebook is part of the state_dict."""
+    """Packs what it is given; the codebook is part of the state_dict. torch.compile leaves it out of its graphs."""
 
     def __init__(self, quantizer: ActivationQuantizer, codebook: Codebook, edge: Edge) -> None:
         super().__init__()
@@ -55,8 +69,14 @@ class Pack(nn.Module):
         self.codebook = codebook
         self.edge = edge
 
+    @torch.compiler.disable(reason="packed bytes have no fixed size: convert_stored models run in eager PyTorch")
     def forward(self, x: Tensor, whole: Tensor | None = None) -> PackedActivation | Tensor:
-        """The packed value (tensors without data, of the meta device, pass through)."""
+        """The packed value (tensors without data, of the meta device, pass through).
+
+        Raises:
+            ExportFailed: the model is being exported.
+        """
+        _check_eager(self.quantizer.name)
         if x.device.type == "meta":
             return x
         return pack(x, self.quantizer, self.codebook.coding, self.codebook, source=whole)
@@ -73,6 +93,7 @@ class Pack(nn.Module):
 class Unpack(nn.Module):
     """Unpacks right before a late reader."""
 
+    @torch.compiler.disable(reason="packed bytes have no fixed size: convert_stored models run in eager PyTorch")
     def forward(self, packed: PackedActivation | Tensor) -> Tensor:
         """The fake-quantized value."""
         return packed if isinstance(packed, Tensor) else packed.unpack()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqa_plugins import DQA, QPP, DenseSparse, Direct, iter_quantizers
-from dqa_plugins.errors import DQAError, NotAMethod, UncalibratedQuantizer
+from dqa_plugins.errors import DQAError, ExportFailed, InvalidMethod, NotAMethod, UncalibratedQuantizer
 from dqa_plugins.storage import (
     NothingToStore,
     NotPackable,
@@ -330,6 +330,19 @@ def test_in_place_operations_are_followed() -> None:
         assert next(iter_quantizers(prepared))[1].calibration.minimum == 0
 
 
+def test_a_compiled_model_packs_and_an_exported_one_is_refused() -> None:
+    model, x = network()
+    prepared = prepare_stored(model, DQA(bits=3), x)
+    with torch.no_grad():
+        prepared(x)
+        stored = convert_stored(prepared, "joint")
+        assert torch.equal(torch.compile(stored, backend="eager")(x), stored(x))
+    with pytest.raises(ExportFailed, match="'relu' packs its tensor"):
+        torch.export.export(stored, (x,))
+    with pytest.raises(ExportFailed, match="'relu' packs its tensor"):
+        torch.jit.trace(stored, x)
+
+
 def test_errors_name_the_cause() -> None:
     model, x = network()
 
@@ -345,6 +358,8 @@ def test_errors_name_the_cause() -> None:
         prepare_stored(model, DQA(qparams=QPP(sites=("input",))), x)
     with pytest.raises(NotAMethod):
         prepare_stored(model, "dqa", x)  # type: ignore[arg-type]
+    with pytest.raises(InvalidMethod, match="min_lifetime=0"):
+        prepare_stored(model, DQA(), x, min_lifetime=0)
     prepared = prepare_stored(model, DQA(), x)
     with pytest.raises(UncalibratedQuantizer, match="'relu'"):
         convert_stored(prepared)
