@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import InvalidTarget
+
+IGNORED = -100  # target of a position that does not count, as in torch.nn.CrossEntropyLoss
+
 
 def is_classification(outputs: Any, targets: Any) -> bool:
     """Whether (outputs, targets) have the shapes and dtypes of class scores (B, K, ...) and class indices (B, ...)."""
@@ -25,31 +29,64 @@ def is_classification(outputs: Any, targets: Any) -> bool:
     )
 
 
+def check_targets(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Which positions count: those whose target is not IGNORED. Arguments as `cross_entropy`.
+
+    Returns:
+        (B, ...) bool, of the shape of targets.
+
+    Raises:
+        InvalidTarget: a target is no class of the model.
+    """
+    counted = targets != IGNORED
+    classes = outputs.shape[1]
+    wrong = counted & ((targets < 0) | (targets >= classes))
+    if bool(wrong.any()):
+        raise InvalidTarget(
+            f"the targets hold class {int(targets[wrong][0])}, the outputs {tuple(outputs.shape)} have scores of "
+            f"{classes} classes. Give targets of 0 to {classes - 1}, and {IGNORED} where a position does not count."
+        )
+    return counted
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """(B,) mean over the positions that count; 0 where a sample has none."""
+    values, counted = (t.reshape(len(t), -1) for t in (values.double().masked_fill(~counted, 0.0), counted))
+    return values.sum(1) / counted.sum(1).clamp(min=1)
+
+
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Share of a sample's positions whose largest score is that of the target class (the first, if several are).
 
     Args:
         outputs: (B, K, ...) floating point, scores of K classes.
-        targets: (B, ...) integers in 0..K-1.
+        targets: (B, ...) integers in 0..K-1, IGNORED where a position does not count.
 
     Returns:
         (B,) float64 in [0, 1]; 0 or 1 where a sample has one target.
+
+    Raises:
+        InvalidTarget: a target is no class of the model.
     """
-    return (outputs.argmax(1) == targets).double().reshape(len(outputs), -1).mean(1)
+    return _mean(outputs.argmax(1) == targets, check_targets(outputs, targets))
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the softmax of a sample's scores, mean over its positions, in nats.
+    """Cross-entropy of the softmax of a sample's scores, mean over its positions that count, in nats.
 
     Args:
         outputs: (B, K, ...) floating point, logits.
-        targets: (B, ...) integers in 0..K-1.
+        targets: (B, ...) integers in 0..K-1, IGNORED where a position does not count.
 
     Returns:
         (B,) float64, differentiable.
+
+    Raises:
+        InvalidTarget: a target is no class of the model.
     """
-    losses = torch.nn.functional.cross_entropy(outputs.double(), targets.long(), reduction="none")
-    return losses.reshape(len(outputs), -1).mean(1)
+    counted = check_targets(outputs, targets)
+    losses = torch.nn.functional.cross_entropy(outputs.double(), targets.long(), reduction="none", ignore_index=IGNORED)
+    return _mean(losses, counted)
 
 
 def density(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

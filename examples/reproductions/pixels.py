@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dqa_plugins.metrics import IGNORED
 from examples.networks.photos import luma
 from examples.reproductions.datasets import (
     PHOTO_SUFFIXES,
@@ -19,7 +20,6 @@ from examples.reproductions.datasets import (
     read_image,
 )
 
-IGNORED = 255
 CITYSCAPES_CLASSES = 19
 CITYSCAPES_SIZE = (256, 512)
 # The label ids that are evaluated, in the order of their training ids 0 to 18.

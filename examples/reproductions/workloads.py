@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dqa_plugins.metrics import IGNORED
 from examples.networks import digits, efficientnet_lite, load, photos, scenes
 from examples.networks.mobilenet import MobileNetV2
 from examples.networks.resnet import resnet32
 from examples.networks.unet import UNet
 from examples.reproductions.datasets import Split, cifar10, imagenet
-from examples.reproductions.pixels import CITYSCAPES_CLASSES, IGNORED, cityscapes, super_resolution_folder
+from examples.reproductions.pixels import CITYSCAPES_CLASSES, cityscapes, super_resolution_folder
 
 Batches = list[tuple[Tensor, Tensor]]
 PATCH = 80  # pixels, low resolution: what ESPCN is calibrated on

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dqa_plugins.metrics import IGNORED
 from examples.reproductions.datasets import (
     CIFAR_BYTES,
     CIFAR_MEAN,
@@ -18,7 +19,7 @@ from examples.reproductions.datasets import (
     cifar10,
     imagenet,
 )
-from examples.reproductions.pixels import IGNORED, cityscapes, super_resolution_folder
+from examples.reproductions.pixels import cityscapes, super_resolution_folder
 
 PIL = pytest.importorskip("PIL.Image")
 NAMES = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]

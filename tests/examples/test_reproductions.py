@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dqa_plugins import DQA, QPP, DenseSparse, Direct, NoisyQuant, iter_quantizers
+from dqa_plugins.metrics import IGNORED
 from dqa_plugins.qpp import qpp_report
 from examples.reproductions import (
     common,
@@ -23,7 +24,7 @@ from examples.reproductions import (
     qpp_toy,
     workloads,
 )
-from examples.reproductions.workloads import IGNORED, Workload, workload
+from examples.reproductions.workloads import Workload, workload
 
 
 @pytest.fixture(scope="module")

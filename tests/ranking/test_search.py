@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import DQA, Direct, NoisyQuant, RankTable, iter_quantizers, rank_channels
-from dqa_plugins.metrics import accuracy, cross_entropy
+from dqa_plugins.errors import InvalidTarget
+from dqa_plugins.metrics import IGNORED, accuracy, cross_entropy
 from dqa_plugins.ranking import stack, suffix
 from tests.nets import build as build_net
 from tests.nets import inputs as net_inputs
@@ -239,6 +240,13 @@ def test_metrics() -> None:
     assert cross_entropy(outputs, targets).tolist() == pytest.approx(expected, abs=1e-12)
     pixels = torch.stack([outputs, outputs], 2)
     assert accuracy(pixels, torch.tensor([[1, 0], [0, 0]])).tolist() == [0.5, 1.0]
+    partly = torch.tensor([[1, IGNORED], [IGNORED, IGNORED]])
+    assert accuracy(pixels, partly).tolist() == [1.0, 0.0]
+    assert cross_entropy(pixels, partly).tolist() == pytest.approx([expected[0], 0.0], abs=1e-12)
+    with pytest.raises(InvalidTarget, match=r"class 2, .* 2 classes"):
+        accuracy(outputs, torch.tensor([1, 2]))
+    with pytest.raises(InvalidTarget, match="class -1"):
+        cross_entropy(outputs, torch.tensor([1, -1]))
 
 
 @pytest.mark.slow
