@@ -85,7 +85,7 @@ def parse(source: Any) -> Entry:
     """Validate a config entry.
 
     Args:
-        source: a dict, or the path of a JSON file that holds one.
+        source: a dict, the path of a JSON file that holds one, or a method: that for every activation, weights float.
 
     Raises:
         InvalidConfig: unknown, missing or contradictory key, or a bad value; the message names it and the way out.
@@ -93,6 +93,8 @@ def parse(source: Any) -> Entry:
         UnsupportedCombination: valid, but not in NNCF.
         FileNotFoundError: the path leads nowhere.
     """
+    if isinstance(source, Method):
+        return Entry(check(source, "quantize"))
     config = _mapping(read(source), "the config", ("compression",))
     entry = _mapping(_required(config, "compression", "the config"), "compression", _KEYS)
     algorithm = _required(entry, "algorithm", "compression")
@@ -132,7 +134,7 @@ def read(source: Any) -> Any:
     if isinstance(source, Mapping):
         return source
     if not isinstance(source, str | os.PathLike):
-        raise InvalidConfig(f"config: a dict or the path of a JSON file; got a {type(source).__name__}.")
+        raise InvalidConfig(f"config: a dict, the path of a JSON file, or a method; got a {type(source).__name__}.")
     text = Path(source).read_text(encoding="utf-8")
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates)

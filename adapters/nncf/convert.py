@@ -226,7 +226,7 @@ def quantize(model: nn.Module, dataset: nncf.Dataset, config: Any) -> nn.Module:
     Args:
         model: float. NNCF calibrates in eval mode and returns a model in eval mode.
         dataset: an nncf.Dataset whose items are what the model takes.
-        config: a dict or the path of a JSON file, see `config`.
+        config: a dict or the path of a JSON file, see `config`; or a method for every activation.
 
     Returns:
         the copy, wrapped by NNCF, with frozen ActivationQuantizers as hooks; see `iter_quantizers`.

@@ -53,6 +53,12 @@ def test_mode_and_fields_make_the_method(activations: dict[str, Any], method: An
     assert entry.num_samples is None
 
 
+def test_a_method_is_an_entry_of_its_own() -> None:
+    assert parse(DenseSparse(bits=3)) == Entry(DenseSparse(bits=3))
+    with pytest.raises(UnsupportedCombination, match="objective='output'"):
+        parse(NoisyQuant(objective="output"))
+
+
 def test_json_file(tmp_path: Path) -> None:
     path = tmp_path / "entry.json"
     path.write_text(json.dumps(config({"mode": "direct", "bits": 6}, skip=["first"])))
@@ -73,7 +79,7 @@ def test_bad_json_file(tmp_path: Path, text: str, words: str) -> None:
 def test_missing_file_and_wrong_type(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         parse(tmp_path / "none.json")
-    with pytest.raises(InvalidConfig, match="a dict or the path of a JSON file; got a int"):
+    with pytest.raises(InvalidConfig, match="the path of a JSON file, or a method; got a int"):
         parse(3)
 
 
