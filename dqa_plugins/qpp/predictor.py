@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Predictor(StateModule):
-    """Linear regression from features and notes to the statistic behind a quantizer's qparams.
+    """Regression from features and notes to the statistic behind a quantizer's qparams.
 
     Buffers once fitted (K features, S statistics, G groups), float64:
         weight: (K, S * G), bias: (S * G,).
