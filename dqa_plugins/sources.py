@@ -14,7 +14,7 @@ MODES = ("extended", "paper")
 
 @dataclass(frozen=True, kw_only=True)
 class QPP:
-    """Quantization parameters predicted per sample by linear regression (QPP, CVPR 2021, sections 3 and 6).
+    """Quantization parameters predicted per sample by regression (QPP, CVPR 2021, sections 3 and 6).
 
     Fitted from calibration alone; a quantizer that too few or degenerate samples reached keeps its static parameters
     and a warning names it.
@@ -22,14 +22,16 @@ class QPP:
     Args:
         mode: "paper": least squares on the 0.9, 0.99, 0.999 quantile, mean and maximum of the site's tensor (eq. 15).
             "extended" (ours): log-space ridge on those, and on what the previous three quantized tensors showed: the
-            logs of their outlier counts and of their mean magnitudes.
+            logs of their outlier counts and of their mean magnitudes. Where leave-one-out gains by it, radial basis
+            functions of the site's features are added.
         sites: tensors that features are taken of: "input" (or "input.<k>"), names of quantized sites, or of modules
             that contain some (the last one inside counts). Each quantizer reads the nearest site before it. None: the
             first quantized tensor, which is the network's input where the first layer is quantized, else usually the
             output of the first ReLU.
         intercept: mode="paper": fit one (eq. 15 has none). The extended mode always does.
         augment: mode="extended": True runs every calibration batch a second time with changed exposure, contrast
-            and noise; False does not; a function (inputs: tuple, first_sample: int) -> inputs replaces the changes.
+            and noise, half of the samples negative; False does not; a function (inputs: tuple, first_sample: int) ->
+            inputs replaces the changes.
         seed: of the augmentation.
 
     Raises:

@@ -24,7 +24,7 @@ class LeanPredictor(nn.Module):
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
-        for name in ("weight", "bias", "logarithmic", "low", "high"):
+        for name in ("weight", "bias", "logarithmic", "low", "high", "rate", "centres", "bumps"):
             self.register_buffer(name, getattr(predictor, name))
         self.mode, self.groups, self.note = predictor.mode, predictor.groups, predictor.note
         self.own = predictor.own

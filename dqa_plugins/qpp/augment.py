@@ -1,4 +1,4 @@
-"""Augmented calibration: each batch runs a second time with changed exposure, contrast and noise.
+"""Augmented calibration: each batch runs a second time with changed exposure, contrast and noise, half of it negative.
 
 Only the regressions learn from the second run. What it changes is drawn per sample from the seed and the sample's
 number, so it does not depend on batches.
@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 Augmentation = Callable[[tuple[Any, ...], int], Any]
 
 EXPOSURE, CONTRAST, NOISE = 0.8, 0.3, 0.03  # ranges of log gain and log contrast; share of the value range
+GAMMA = 1.1  # range of the log exponent that bends negatives
 
 
 def change(inputs: tuple[Any, ...], first_sample: int, *, seed: int = 0) -> tuple[Any, ...]:
-    """The default augmentation of a batch: log-uniform exposure and contrast, normal noise.
+    """The default augmentation of a batch: log-uniform exposure and contrast, normal noise; every second sample, at
+    random, is turned into its negative before, its tones bent by a log-uniform exponent.
+
+    A sample differs from its neighbours less than photos differ from photos: negatives show the regressions dark where
+    there was light.
 
     Args:
         inputs: of the model; floating-point tensors of two dimensions or more, (B, ...), are changed.
@@ -43,9 +48,11 @@ def _change(x: Tensor, first_sample: int, seed: int) -> Tensor:
     changed = torch.empty_like(x)
     for row, sample in enumerate(x):
         draw = torch.Generator().manual_seed((seed * 1_000_003 + first_sample + row) % 2**63)
-        gain, contrast, noise = (torch.rand(3, generator=draw) * 2 - 1).tolist()
+        gain, contrast, noise, negative, bend = (torch.rand(5, generator=draw) * 2 - 1).tolist()
         values = sample.float()
         low, high = values.min(), values.max()
+        if negative > 0 and high > low:
+            values = low + (high - low) * ((high - values) / (high - low)) ** 2.718281828 ** (bend * GAMMA)
         values = low + (values - low) * 2.718281828 ** (gain * EXPOSURE)
         mean = values.mean()
         values = mean + (values - mean) * 2.718281828 ** (contrast * CONTRAST)

@@ -19,6 +19,7 @@ from dqa_plugins.methods import DenseSparse
 from .augment import augmentation
 from .bus import Bus
 from .features import NOTE_FEATURES, PAPER_FEATURES, SCALE, site_size
+from .radial import radial_basis
 from .regression import Fit, least_squares, rank, ridge
 
 if TYPE_CHECKING:
@@ -88,18 +89,24 @@ def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[s
     scaled = torch.where(logs, torch.maximum(scaled, floor.log()), scaled)
     design, used = _design(predictor, notes)
     reason = _degenerate(predictor, design, used, quantizer.method.prediction.intercept)
+    basis = None
     if not reason:
         if mode == "paper":
             found = least_squares(design[:, used], scaled, quantizer.method.prediction.intercept)
         else:
-            found = ridge(design[:, used], scaled, record.samples)
+            if len(used) >= site_size(mode):
+                basis = radial_basis(record.features)
+            found = ridge(design[:, used], scaled, record.samples, basis and basis(record.features))
             losing = found.error >= found.base
             if bool(losing.all()) and bool((found.base > 0).any()):
                 reason = "left out of the fit, samples are predicted no better than by the mean"
     if reason:
         found = _nothing(scaled, len(used))
     weight = torch.zeros(design.shape[1], scaled.shape[1], dtype=torch.float64, device=scaled.device)
-    weight[used] = found.weight
+    weight[used] = found.weight[: len(used)]
+    bumps = None
+    if basis is not None and bool(found.weight[len(used) :].any()):
+        bumps = (basis.rate, basis.centres, basis.mix @ found.weight[len(used) :])
     # a prediction that has no range to move in is the static statistic
     low, high = (static_of(quantizer),) * 2 if reason else _limits(targets, logs, floor)
     bias = found.bias if reason or mode == "paper" else found.bias + _offset(quantizer, found, logs, unit, (low, high))
@@ -109,7 +116,7 @@ def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[s
         used_range = wanted if predictor.reads_itself(quantizer) else held_out
         notes[quantizer.name] = (record.samples, record.notes(used_range))
     predictor.static, predictor.groups = static_of(quantizer), groups
-    predictor.finish(weight, bias, logs, (low, high))
+    predictor.finish(weight, bias, logs, (low, high), bumps)
     return reason
 
 

@@ -13,6 +13,7 @@ from dqa_plugins.methods import Method
 
 from .bus import Bus
 from .features import NOTE_FEATURES, SCALE, Note, Own, site_features, site_size
+from .radial import radial
 from .record import SampleRecord
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Predictor(StateModule):
-    """Linear regression from features and notes to the statistic behind a quantizer's qparams.
+    """Regression from features and notes to the statistic behind a quantizer's qparams.
 
     Buffers once fitted (K features, S statistics, G groups), float64:
         weight: (K, S * G), bias: (S * G,).
@@ -28,6 +29,8 @@ class Predictor(StateModule):
             units of the site's 0.99 quantile.
         low, high: (S * G,), every prediction is moved inside.
         static: (S * G,), what static parameters would have been made of.
+        rate, centres, bumps: (F,), (R, F), (R, S * G): radial basis functions of the site's features and their
+            weights, see `radial`; R = 0 in the paper's mode, and where calibration samples are few.
 
     Attributes:
         site: name of the tensor whose features it reads; "" if none comes before: then the prediction is the static
@@ -43,6 +46,9 @@ class Predictor(StateModule):
     low: Tensor
     high: Tensor
     static: Tensor
+    rate: Tensor
+    centres: Tensor
+    bumps: Tensor
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -55,6 +61,8 @@ class Predictor(StateModule):
         self.groups = 0
         for name in ("weight", "bias", "low", "high", "static"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
+        for name in ("rate", "centres", "bumps"):
+            self.register_buffer(name, torch.empty((0,) * (1 + (name != "rate")), dtype=torch.float64))
         self.register_buffer("logarithmic", torch.empty(0, dtype=torch.bool))
 
     @property
@@ -79,6 +87,9 @@ class Predictor(StateModule):
         known = torch.cat([features, *(note[:, :NOTE_FEATURES] for note in notes[:-1]), *notes[-1:]], 1)
         # a sum, not a matrix product: its rounding would depend on the batch size
         linear = (known.unsqueeze(1) * self.weight.t()).sum(2) + self.bias
+        if self.centres.shape[0]:
+            near = radial(features, self.rate, self.centres)
+            linear = linear + (near.unsqueeze(1) * self.bumps.t()).sum(2)
         value = linear
         if self.mode == "extended":
             scale = features[:, SCALE : SCALE + 1].exp()
@@ -144,10 +155,19 @@ class Predictor(StateModule):
         if self.bus is not None and self.bus.alone:
             self.bus.begin((x,))
 
-    def finish(self, weight: Tensor, bias: Tensor, logarithmic: Tensor, limits: tuple[Tensor, Tensor]) -> None:
-        """Set the regression; its arguments are the buffers of these names."""
+    def finish(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        logarithmic: Tensor,
+        limits: tuple[Tensor, Tensor],
+        bumps: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        """Set the regression; its arguments are the buffers of these names (bumps: rate, centres, bumps)."""
         self.weight, self.bias, self.logarithmic = weight, bias, logarithmic
         self.low, self.high = limits
+        if bumps is not None:
+            self.rate, self.centres, self.bumps = bumps
 
     def forget(self) -> None:
         """Drop the calibration rows."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .radial import STRENGTH
 
 _LAMBDAS = tuple(10.0**e for e in torch.arange(-6, 2.5, 0.5).tolist())
 
@@ -52,34 +54,44 @@ def least_squares(features: Tensor, targets: Tensor, intercept: bool) -> Fit:
     return Fit(weight, bias, held_out, _mse(targets, held_out), _base(targets))
 
 
-def ridge(features: Tensor, targets: Tensor, groups: Tensor) -> Fit:
-    """Ridge regression on standardised features; lambda of each target by leave-one-out.
+def ridge(features: Tensor, targets: Tensor, groups: Tensor, radial: Tensor | None = None) -> Fit:
+    """Ridge regression on standardised features; of each target, lambda and the use of `radial` by leave-one-out.
 
     Args:
         features: (M, K), constant columns get no weight.
         targets: (M, P).
         groups: (M,) integers; rows of one number (a sample and its augmented version) are left out together.
+        radial: (M, D), more features, penalised less by the factor `radial.STRENGTH` and not standardised.
+
+    Returns:
+        with weight (K + D, P).
     """
     mean, centre = features.mean(0), targets.mean(0)
     spread = features.std(0)
     live = spread > 1e-9 * (1 + mean.abs())
-    scaled = torch.where(live, (features - mean) / torch.where(live, spread, torch.ones_like(spread)), 0.0)
-    left, values, right = torch.linalg.svd(scaled, full_matrices=False)
-    wanted = targets - centre
-    projected = left.T @ wanted
+    rate = torch.where(live, 1 / torch.where(live, spread, torch.ones_like(spread)), 0.0)
+    designs = [(features - mean) * rate]
+    if radial is not None:
+        mean, rate = torch.cat([mean, radial.mean(0)]), torch.cat([rate, torch.full_like(radial[0], STRENGTH**0.5)])
+        designs.append((torch.cat([features, radial], 1) - mean) * rate)
     best_error = torch.full_like(centre, torch.inf)
-    weight, held_out = torch.zeros(features.shape[1], targets.shape[1]).to(targets), targets.clone()
-    for factor in _LAMBDAS:
-        shrink = values**2 / (values**2 + factor * len(features))
-        residual = wanted - left @ (shrink[:, None] * projected)
-        left_out = targets - _without_group(left, shrink, residual, groups)
-        error = _mse(targets, left_out)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        coefficients = right.T @ ((shrink / values.clamp(min=1e-300))[:, None] * projected)
-        weight = torch.where(better, coefficients, weight)
-        held_out = torch.where(better, left_out, held_out)
-    weight = torch.where(live[:, None], weight / torch.where(live, spread, torch.ones_like(spread))[:, None], 0.0)
+    weight, held_out = torch.zeros(len(mean), targets.shape[1]).to(targets), targets.clone()
+    wanted = targets - centre
+    for design in designs:
+        left, values, right = torch.linalg.svd(design, full_matrices=False)
+        projected = left.T @ wanted
+        for factor in _LAMBDAS:
+            shrink = values**2 / (values**2 + factor * len(features))
+            residual = wanted - left @ (shrink[:, None] * projected)
+            left_out = targets - _without_group(left, shrink, residual, groups)
+            error = _mse(targets, left_out)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            coefficients = right.T @ ((shrink / values.clamp(min=1e-300))[:, None] * projected)
+            coefficients = nn.functional.pad(coefficients, (0, 0, 0, len(mean) - len(coefficients)))
+            weight = torch.where(better, coefficients, weight)
+            held_out = torch.where(better, left_out, held_out)
+    weight = weight * rate[:, None]
     return Fit(weight, centre - mean @ weight, held_out, best_error, _base(targets))
 
 

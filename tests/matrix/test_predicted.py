@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins import QPP, ActivationQuantizer, iter_quantizers
+from dqa_plugins import QPP, ActivationQuantizer, DenseSparse, iter_quantizers
 from dqa_plugins.export import compare_backends, to_exported_program
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp import connect, qpp_report
@@ -142,3 +142,40 @@ def test_a_backend_makes_the_same_predictions(name: str, backend: str) -> None:
         assert found.share_off == 0, str(found)
         assert found.network.only_ties, str(found)
         assert found.network.max_difference <= 1e-5, str(found)
+
+
+@functools.cache
+def bent() -> nn.Module:
+    """Enough samples for radial basis functions, and biases that set a floor to the thresholds."""
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    from dqa_plugins.adapters.fx import get_qconfig_mapping
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())
+    torch.manual_seed(3)
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.weight, std=0.4)
+        nn.init.normal_(layer.bias)
+    method = DenseSparse(density=0.05, qparams=QPP(sites=("input",)))
+    prepared = prepare_fx(model.eval(), get_qconfig_mapping(method, weight_bits=None), (batches()[0],))
+    with torch.no_grad():
+        for x in batches(8):
+            prepared(dimmed(x))
+    return convert_fx(prepared)
+
+
+def dimmed(x: Tensor) -> Tensor:
+    """Light from 1 to 1 / 30."""
+    return x.abs() * torch.logspace(0, -1.5, len(x)).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("matrix-fx")
+def test_radial_basis_functions_are_exported() -> None:
+    model, x = bent(), dimmed(batches(1, 8, 23)[0])
+    predictors = [quantizer.predictor for _, quantizer in iter_quantizers(model)]
+    assert any(predictor is not None and len(predictor.centres) > 0 for predictor in predictors)
+    for found in compare_backends(model, x, backends=["onnxruntime"]):
+        assert found.share_off == 0, str(found)
+        assert found.max_difference <= 1e-5, str(found)
+        assert found.network.only_ties, str(found)

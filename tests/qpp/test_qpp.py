@@ -187,6 +187,16 @@ def test_linearly_dependent_features_fall_back() -> None:
         calibrate(Direct(qparams=QPP(mode="paper", sites=("input",))), x)
 
 
+@pytest.mark.parametrize("mode", ["paper", "extended"])
+def test_radial_basis_functions_are_of_the_extended_mode(mode: str) -> None:
+    """Exposures from 1 to 1 / 30, under biases that set a floor: log thresholds bend."""
+    x = inputs(64) * torch.logspace(0, -1.5, 8).repeat(8).reshape(-1, 1, 1, 1)
+    model = calibrate(DenseSparse(density=0.05, qparams=QPP(mode=mode, sites=("input",))), x)
+    assert any(len(q.predictor.centres) for _, q in iter_quantizers(model) if q.predictor) == (mode == "extended")
+    few = calibrate(DenseSparse(density=0.05, qparams=QPP(mode=mode, sites=("input",))), x[:24])
+    assert not any(len(q.predictor.centres) for _, q in iter_quantizers(few) if q.predictor)
+
+
 def test_few_samples_use_mean_and_maximum_only() -> None:
     model = calibrate(DenseSparse(qparams=QPP(sites=("input",), augment=False)), inputs(20))
     for _, quantizer in iter_quantizers(model):
@@ -282,6 +292,13 @@ def test_augmentation_is_of_the_sample_not_of_the_batch() -> None:
     assert float(whole.min()) >= 0
     tokens = torch.arange(4)
     assert change((tokens,), 0)[0] is tokens
+
+
+def test_augmentation_turns_half_of_the_samples_negative() -> None:
+    x = torch.linspace(0.0, 1.0, 144).reshape(1, 1, 12, 12).expand(40, -1, -1, -1)
+    changed = change((x,), 0)[0].flatten(1)
+    rising = changed[:, 72:].mean(1) > changed[:, :72].mean(1)
+    assert 10 < int(rising.sum()) < 30
 
 
 def test_augmentation_can_be_replaced() -> None:
