@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .evaluate import Scorer
+from .fused import Chains
 from .graph import Graph, NotStackable, Values, gather_rows, map_tensors, tensor_bytes, to_rows_first
 from .stage import Seam, Stage
 
@@ -45,16 +46,23 @@ class Cut:
 
 @dataclass(frozen=True)
 class Way:
-    """A stage and its graph, and whether its values are laid out channels-last."""
+    """A stage and its graph, whether its values are laid out channels-last, and what is computed together."""
 
     stage: Stage
     graph: Graph
     channels_last: bool
+    chains: Chains | None = None
 
     @property
     def name(self) -> str:
         """For log messages."""
-        return "stacking candidates" + (" in channels-last format" if self.channels_last else "")
+        format_ = " in channels-last format" if self.channels_last else ""
+        return "stacking candidates" + format_ + (" with fused convolutions" if self.chains else "")
+
+    def begin(self, position: int) -> None:
+        """Prepare the graph for runs from the node behind `position` on."""
+        if self.chains is not None:
+            self.graph.specials = self.chains.specials(position + 1)
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ class Stack:
     def __init__(self, exact: Way, way: Way, cut: Cut, index: int, scorer: Scorer) -> None:
         self.cut, self.way, self.scorer, self.exact = cut, way, scorer, exact
         self.exact_seam, self.seam = exact.stage.seams[index], way.stage.seams[index]
+        way.begin(cut.position)
         quantized, original = self._run_site()
         self.changes = self.seam.changes(original, quantized).cpu()
         live = exact.graph.alive_after(cut.position, {**cut.values, cut.position: quantized})

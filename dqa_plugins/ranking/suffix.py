@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .evaluate import Batches, Means, Scorer, SiteScores, batch_size, site_scores
+from .fused import Chains
 from .graph import Graph, tensor_bytes
 from .inplace import overwrite
 from .stack import COMPARED, SAFETY, Cut, Deviation, NotStackable, Stack, Way, exact_output
@@ -71,17 +72,16 @@ class SuffixEvaluator:
     def scores(self, index: int, channels: int, advance: Callable[[int], None]) -> SiteScores:
         """Scores of all C channels of a layer."""
         name = self.stage.seams[index].name
-        while self._ways and not self._rounds_again(index):
+        for way in [] if self._rounds_again(index) else list(self._ways):
             try:
-                found = self._stacked(index, channels, self._ways[0])
+                found = self._stacked(index, channels, way)
             except (NotStackable, RuntimeError, ValueError, TypeError, IndexError) as error:
-                failed = self._ways.pop(0)
-                logger.info("%s: %s does not work here (%s: %s)", name, failed.name, type(error).__name__, error)
+                self._ways.remove(way)
+                logger.info("%s: %s does not work here (%s: %s)", name, way.name, type(error).__name__, error)
                 continue
-            if found is None:
-                break
-            advance(channels)
-            return found
+            if found is not None:
+                advance(channels)
+                return found
         exact = self.evaluate(index, list(range(channels)), advance)
         return site_scores([exact[c] for c in range(channels)])
 
@@ -196,5 +196,7 @@ def _ways(stage: Stage, graph: Graph) -> list[Way]:
         logger.info("no channels-last copy of the model: %s", error)
         return [plain]
     fast = Graph(twin.model)  # type: ignore[arg-type]
-    overwrite(fast, twin.seams)
-    return [Way(twin, fast, True), plain]
+    passing = overwrite(fast, twin.seams)
+    fused, unfused = Chains(fast, passing), Chains(fast, set())
+    unfused.found = []
+    return [Way(twin, fast, True, fused), Way(twin, fast, True, unfused), plain]

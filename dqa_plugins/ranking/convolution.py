@@ -1,0 +1,143 @@
+"""Convolutions that add and rectify in the same pass, for the copy of the model that evaluates stacked candidates.
+
+A 3x3 convolution with stride 1 goes by Winograd's algorithm (`kernels.winograd`); any other by oneDNN with a weight in
+oneDNN's own layout, which it then need not convert in every call. Both sum in an order of their own: their results
+differ from those of `nn.Conv2d` by about 1e-7 of the largest.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+WORKING_SET = 2**20  # bytes of the transformed tiles that are worked on together: about the second-level cache
+THREADS = 4  # with more, the part of Winograd's algorithm that runs in one thread costs what its products save
+
+
+class Convolution(Protocol):
+    """A convolution and what follows it."""
+
+    def __call__(self, x: Tensor, addend: Tensor | None, relu: bool) -> Tensor:
+        """relu(conv(x) + addend), either of which can be left out.
+
+        Args:
+            x: (N, C, H, W) float32 on the CPU.
+            addend: of the output's shape and dtype, or None.
+            relu: whether negative values become 0.
+
+        Returns:
+            a new tensor, (N, O, H', W') in channels-last format.
+        """
+
+
+class Winograd:
+    """A convolution by Winograd's algorithm, F(4x4, 3x3).
+
+    Args:
+        conv: one that `winograd_fits`.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        from ..kernels import winograd
+
+        self._kernels = winograd
+        transform = torch.from_numpy(winograd.weight_transform())
+        weight = torch.einsum("ai,ocij,bj->abco", transform, conv.weight.detach().double(), transform)
+        self.weight = weight.flatten(0, 1).float().contiguous()
+        self.bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().contiguous()
+        self.pad_y, self.pad_x = _pair(conv.padding)
+        self._scratch = torch.empty(0)
+
+    def __call__(self, x: Tensor, addend: Tensor | None, relu: bool) -> Tensor:
+        points, channels, outputs = self.weight.shape
+        batch, _, height, width = x.shape
+        high, wide = height + 2 * self.pad_y - 2, width + 2 * self.pad_x - 2
+        size = self._kernels.TILE
+        total = batch * -(-high // size) * -(-wide // size)
+        # odd: planes a power of two apart would share few lines of the cache
+        step = min(total, max(64, WORKING_SET // (4 * points * (channels + outputs))) | 1)
+        plane = step * channels + 16
+        needed = points * (plane + step * outputs)
+        if len(self._scratch) < needed:
+            self._scratch = torch.empty(needed)
+        spread, products = self._scratch[: points * plane], self._scratch[points * plane :]
+        source = x.permute(0, 2, 3, 1).contiguous()
+        result = torch.empty(batch, high, wide, outputs)
+        added = result if addend is None else addend.permute(0, 2, 3, 1).contiguous()
+        flat = [t.view(-1).numpy() for t in (source, spread, products, self.bias, added, result)]
+        source_, spread_, products_, bias_, added_, result_ = flat
+        for first in range(0, total, step):
+            tiles = min(step, total - first)
+            self._kernels.spread(
+                source_, first, tiles, height, width, channels, self.pad_y, self.pad_x, spread_, plane
+            )
+            left = spread.view(points, plane)[:, : tiles * channels].unflatten(1, (tiles, channels))
+            right = products[: points * tiles * outputs].view(points, tiles, outputs)
+            torch.bmm(left, self.weight, out=right)
+            self._kernels.collect(
+                products_, tiles * outputs, first, tiles, high, wide, outputs, bias_, added_, addend is not None, relu,
+                result_,
+            )  # fmt: skip
+        return result.permute(0, 3, 1, 2)
+
+
+class Packed:
+    """A convolution by oneDNN, with its weight in oneDNN's layout.
+
+    Args:
+        conv: with zeros as padding, float32 on the CPU.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self.conv, self.weight = conv, conv.weight.detach()
+        self.settings = (list(_pair(conv.padding)), list(conv.stride), list(conv.dilation), conv.groups)
+        self._packed: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, x: Tensor, addend: Tensor | None, relu: bool) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        shape = tuple(x.shape[1:])
+        weight = self._packed.get(shape)
+        if weight is None:
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.settings, list(x.shape))
+            self._packed[shape] = weight
+        unary = "relu" if relu else "none"
+        if addend is None:
+            run = torch.ops.mkldnn._convolution_pointwise
+            return run(x, weight, self.conv.bias, *self.settings, unary, [], "")  # type: ignore[no-any-return]
+        addend = addend.contiguous(memory_format=torch.channels_last)
+        run = torch.ops.mkldnn._convolution_pointwise.binary
+        return run(  # type: ignore[no-any-return]
+            x, addend, weight, self.conv.bias, *self.settings, "add", None, "relu" if relu else None, [], None
+        )
+
+
+def convolution(conv: nn.Module) -> Convolution | None:
+    """The fastest of the above that computes what `conv` does; None where there is none."""
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    if conv.weight.device.type != "cpu" or conv.weight.dtype != torch.float32:
+        return None
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        return None
+    if winograd_fits(conv):
+        try:
+            return Winograd(conv)
+        except ImportError:  # numba does not run here
+            pass
+    packable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+    return Packed(conv) if packable and hasattr(torch.ops.mkldnn, "_convolution_pointwise") else None
+
+
+def winograd_fits(conv: nn.Conv2d) -> bool:
+    """Whether Winograd's algorithm applies, and pays."""
+    applies = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1
+    lanes = conv.in_channels % 16 == 0 and conv.out_channels % 16 == 0
+    return applies and lanes and torch.get_num_threads() <= THREADS
+
+
+def _pair(padding: str | tuple[int, ...]) -> tuple[int, int]:
+    if isinstance(padding, str):
+        raise TypeError(f"padding={padding!r}: two numbers are needed")
+    return padding[0], padding[1]
