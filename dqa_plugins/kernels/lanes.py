@@ -21,7 +21,7 @@ WIDTH = 16
 _VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 
 
-class LanesType(types.Type):  # type: ignore[misc]
+class LanesType(types.Type):
     """numba's type of 16 float32 values."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ lanes_type = LanesType()
 
 
 @register_model(LanesType)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
         super().__init__(manager, numba_type, _VECTOR)
 

@@ -7,13 +7,15 @@ differ from those of `nn.Conv2d` by about 1e-7 of the largest.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-WORKING_SET = 2**20  # bytes of the transformed tiles that are worked on together: about the second-level cache
+WORKING_SET = 2**19  # bytes of the transformed tiles that are worked on together: half of the second-level cache
 THREADS = 4  # with more, the part of Winograd's algorithm that runs in one thread costs what its products save
+
+_onednn: Any = torch.ops.mkldnn
 
 
 class Convolution(Protocol):
@@ -57,28 +59,28 @@ class Winograd:
         size = self._kernels.TILE
         total = batch * -(-high // size) * -(-wide // size)
         # odd: planes a power of two apart would share few lines of the cache
-        step = min(total, max(64, WORKING_SET // (4 * points * (channels + outputs))) | 1)
+        step = min(total, max(96, WORKING_SET // (4 * points * (channels + outputs))) | 1)
         plane = step * channels + 16
         needed = points * (plane + step * outputs)
         if len(self._scratch) < needed:
             self._scratch = torch.empty(needed)
-        spread, products = self._scratch[: points * plane], self._scratch[points * plane :]
+        transformed, products = self._scratch[: points * plane], self._scratch[points * plane :]
         source = x.permute(0, 2, 3, 1).contiguous()
         result = torch.empty(batch, high, wide, outputs)
         added = result if addend is None else addend.permute(0, 2, 3, 1).contiguous()
-        flat = [t.view(-1).numpy() for t in (source, spread, products, self.bias, added, result)]
-        source_, spread_, products_, bias_, added_, result_ = flat
+        flat = [t.view(-1).numpy() for t in (source, transformed, products, self.bias, added, result)]
+        source_, transformed_, products_, bias_, added_, result_ = flat
+        spread, collect, add = self._kernels.spread, self._kernels.collect, addend is not None
+        tiles = 0
         for first in range(0, total, step):
-            tiles = min(step, total - first)
-            self._kernels.spread(
-                source_, first, tiles, height, width, channels, self.pad_y, self.pad_x, spread_, plane
-            )
-            left = spread.view(points, plane)[:, : tiles * channels].unflatten(1, (tiles, channels))
-            right = products[: points * tiles * outputs].view(points, tiles, outputs)
+            if tiles != min(step, total - first):
+                tiles = min(step, total - first)
+                left = transformed.as_strided((points, tiles, channels), (plane, channels, 1))
+                right = products[: points * tiles * outputs].view(points, tiles, outputs)
+            spread(source_, first, tiles, height, width, channels, self.pad_y, self.pad_x, transformed_, plane)
             torch.bmm(left, self.weight, out=right)
-            self._kernels.collect(
-                products_, tiles * outputs, first, tiles, high, wide, outputs, bias_, added_, addend is not None, relu,
-                result_,
+            collect(
+                products_, tiles * outputs, first, tiles, high, wide, outputs, bias_, added_, add, relu, result_
             )  # fmt: skip
         return result.permute(0, 3, 1, 2)
 
@@ -100,15 +102,13 @@ class Packed:
         shape = tuple(x.shape[1:])
         weight = self._packed.get(shape)
         if weight is None:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.settings, list(x.shape))
+            weight = _onednn._reorder_convolution_weight(self.weight, *self.settings, list(x.shape))
             self._packed[shape] = weight
         unary = "relu" if relu else "none"
         if addend is None:
-            run = torch.ops.mkldnn._convolution_pointwise
-            return run(x, weight, self.conv.bias, *self.settings, unary, [], "")  # type: ignore[no-any-return]
+            return _onednn._convolution_pointwise(x, weight, self.conv.bias, *self.settings, unary, [], "")
         addend = addend.contiguous(memory_format=torch.channels_last)
-        run = torch.ops.mkldnn._convolution_pointwise.binary
-        return run(  # type: ignore[no-any-return]
+        return _onednn._convolution_pointwise.binary(
             x, addend, weight, self.conv.bias, *self.settings, "add", None, "relu" if relu else None, [], None
         )
 
@@ -126,8 +126,8 @@ def convolution(conv: nn.Module) -> Convolution | None:
             return Winograd(conv)
         except ImportError:  # numba does not run here
             pass
-    packable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-    return Packed(conv) if packable and hasattr(torch.ops.mkldnn, "_convolution_pointwise") else None
+    packable = torch.backends.mkldnn.is_available() and hasattr(_onednn, "_reorder_convolution_weight")
+    return Packed(conv) if packable and hasattr(_onednn, "_convolution_pointwise") else None
 
 
 def winograd_fits(conv: nn.Conv2d) -> bool:

@@ -77,16 +77,26 @@ class Chains:
     Args:
         graph: with the shortcuts of `inplace.overwrite` installed.
         passing: positions of the quantizers that may be looked through, from `inplace.overwrite`.
+        wanted: False: none.
     """
 
     graph: Graph
     passing: set[int]
+    wanted: bool = True
     found: list[Chain] = field(init=False)
     plain: dict[int, Special] = field(init=False)
 
     def __post_init__(self) -> None:
         self.plain = dict(self.graph.specials)
-        self.found = [chain for i in self.graph.modules if (chain := self._chain(i)) is not None]
+        candidates = self.graph.modules if self.wanted else ()
+        self.found = []
+        for i in candidates:
+            chain = self._chain(i)
+            if chain is not None:
+                self.found.append(chain)
+
+    def __len__(self) -> int:
+        return len(self.found)
 
     def specials(self, start: int) -> dict[int, Special]:
         """The shortcuts for a run of the graph from the node `start` on."""
@@ -112,7 +122,10 @@ class Chains:
         chain = Chain(i, conv, fused)
         node = self._next(node)
         behind = self._reader(node)
-        if behind is not None and self._adds(behind) and not self._changes(i, self.graph.position[behind]):
+        taken = {chain.add for chain in self.found}
+        adds = behind is not None and self._adds(behind) and self.graph.position[behind] not in taken
+        if adds and not self._changes(i, self.graph.position[behind]):  # type: ignore[index]
+            assert behind is not None
             chain.add, chain.side = self.graph.position[behind], behind.args.index(node)
             node = self._next(behind)
             behind = self._reader(node)

@@ -175,7 +175,7 @@ class Stack:
         _, losses = self.scorer(stacked, few.targets, where)
         output = float((stacked.double() - exact.double()).abs().max())
         if losses is None or not output <= TRUSTED * float(exact.abs().max()):
-            logger.info("%s: stacked outputs deviate by %.3g; scoring exactly", self.seam.name, output)
+            logger.info("%s: %s: outputs deviate by %.3g", self.seam.name, self.way.name, output)
             return None
         return Deviation(output, float((losses - exact_losses).abs().mean()))
 

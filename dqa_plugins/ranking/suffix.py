@@ -82,6 +82,7 @@ class SuffixEvaluator:
             if found is not None:
                 advance(channels)
                 return found
+        logger.info("%s: scoring exactly", name)
         exact = self.evaluate(index, list(range(channels)), advance)
         return site_scores([exact[c] for c in range(channels)])
 
@@ -197,6 +198,5 @@ def _ways(stage: Stage, graph: Graph) -> list[Way]:
         return [plain]
     fast = Graph(twin.model)  # type: ignore[arg-type]
     passing = overwrite(fast, twin.seams)
-    fused, unfused = Chains(fast, passing), Chains(fast, set())
-    unfused.found = []
-    return [Way(twin, fast, True, fused), Way(twin, fast, True, unfused), plain]
+    chains = [Chains(fast, passing), Chains(fast, passing, wanted=False)]
+    return [*(Way(twin, fast, True, c) for c in chains if c or not c.wanted), plain]
