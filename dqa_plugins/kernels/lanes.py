@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
@@ -121,3 +122,65 @@ def _overload_mul(a, b):  # type: ignore[no-untyped-def]
     if a == types.float32 and isinstance(b, LanesType):
         return lambda a, b: _multiply(a, b)
     return None
+
+
+def block_product(rows: int, vectors: int) -> Any:
+    """An intrinsic for rows x (16 * vectors) values of a matrix product, which stay in registers throughout.
+
+    It takes (a, a_at, a_step, b, b_at, b_step, c, c_at, c_step, depth): contiguous float32 arrays, where the block
+    begins in each, the distance between rows, and the length of the sums, at least 1. It writes c = a b. With 24
+    values of 16 lanes and a few more for a and b, the 32 registers of AVX-512 are filled (`wide`).
+    """
+
+    @intrinsic
+    def product(  # type: ignore[no-untyped-def]
+        typing_context, a, a_at, a_step, b, b_at, b_step, c, c_at, c_step, depth
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            a, a_at, a_step, b, b_at, b_step, c, c_at, c_step, depth = arguments
+            types_ = signature.args
+            data = context.make_array(types_[0])(context, builder, a).data
+            integer = a_at.type
+            starts = [builder.add(a_at, builder.mul(a_step, ir.Constant(integer, r))) for r in range(rows)]
+            lines = [builder.gep(data, [start]) for start in starts]
+            before = builder.basic_block
+            loop, done = builder.append_basic_block("product"), builder.append_basic_block("product_done")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            k = builder.phi(integer)
+            sums = [[builder.phi(_VECTOR) for _ in range(vectors)] for _ in range(rows)]
+            at = builder.add(b_at, builder.mul(k, b_step))
+            right = []
+            for j in range(vectors):
+                where = builder.add(at, ir.Constant(integer, j * WIDTH))
+                right.append(builder.load(_address(context, builder, types_[3], b, where)))
+                right[-1].align = 4
+            following = builder.add(k, ir.Constant(integer, 1))
+            k.add_incoming(ir.Constant(integer, 0), before)
+            k.add_incoming(following, loop)
+            totals = []
+            for r in range(rows):
+                left = _splat(builder, builder.load(builder.gep(lines[r], [k])))
+                for j in range(vectors):
+                    term = builder.fmul(left, right[j], flags=("contract",))
+                    total = builder.fadd(sums[r][j], term, flags=("contract",))
+                    sums[r][j].add_incoming(ir.Constant(_VECTOR, [0.0] * WIDTH), before)
+                    sums[r][j].add_incoming(total, loop)
+                    totals.append((r, j, total))
+            builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
+            builder.position_at_end(done)
+            for r, j, total in totals:
+                where = builder.add(c_at, builder.mul(c_step, ir.Constant(integer, r)))
+                where = builder.add(where, ir.Constant(integer, j * WIDTH))
+                builder.store(total, _address(context, builder, types_[6], c, where)).align = 4
+            return context.get_dummy_value()
+
+        at = types.intp
+        return types.void(a, at, at, b, at, at, c, at, at, at), generate
+
+    return product
+
+
+def wide() -> bool:
+    """True where 16 lanes are one register and there are 32 of them: AVX-512."""
+    return bool(get_host_cpu_features().get("avx512f"))

@@ -1,10 +1,12 @@
 """The transforms of a 3x3 convolution with stride 1 by Winograd's algorithm, F(4x4, 3x3), for channels-last tensors.
 
 An output tile of 4x4 pixels takes 36 multiplications per pair of channels instead of 144: a tile of 6x6 pixels of the
-input is transformed (`spread`), multiplied by the transformed weight (36 matrix products, the caller's), and
-transformed back (`collect`). Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016), with the
-interpolation points 0, +-5/8, +-3/2 and infinity instead of 0, +-1, +-2 and infinity: rounding errors are half as
-large, about twice those of the direct sum.
+input is transformed (`spread`), multiplied by the transformed weight (36 matrix products: `multiply`, or the
+caller's), and transformed back (`collect`). `convolve` does it all, for machines where `multiply` is fast.
+
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016), with the interpolation points 0, +-5/8,
++-3/2 and infinity instead of 0, +-1, +-2 and infinity: rounding errors are half as large, about twice those of the
+direct sum.
 
 Requirements this file meets:
 
@@ -178,3 +180,49 @@ def collect(m, plane, first, tiles, height, width, channels, bias, addend, add, 
 def _finish(y, at, value, addend, add, relu):  # type: ignore[no-untyped-def]
     total = value + load(addend, at, add)
     store(y, at, positive(total) if relu else total)
+
+
+GROUP = 24  # tiles: `multiply` takes so many at a time
+_two_by_twelve, _one_by_twenty_four = lanes.block_product(12, 2), lanes.block_product(24, 1)
+
+
+@njit(cache=True, nogil=True)
+def multiply(v, v_plane, u, m, m_plane, tiles, channels, outputs):  # type: ignore[no-untyped-def]
+    """The 36 matrix products, for AVX-512; `m` gets the tiles up to the next multiple of `GROUP`.
+
+    Args:
+        v, v_plane: as in `spread`, with room up to the next multiple of `GROUP`.
+        u: (36, channels, outputs) float32, flat.
+        m, m_plane: as in `collect`, with the same room.
+    """
+    for point in range(SIDE * SIDE):
+        weight = point * channels * outputs
+        for t in range(0, tiles, GROUP):
+            source, to = point * v_plane + t * channels, point * m_plane + t * outputs
+            for o in range(0, outputs - _L, 2 * _L):
+                for half in range(0, GROUP, 12):
+                    a, c = source + half * channels, to + half * outputs + o
+                    _two_by_twelve(v, a, channels, u, weight + o, outputs, m, c, outputs, channels)
+            if outputs % (2 * _L) != 0:
+                o = outputs - _L
+                _one_by_twenty_four(v, source, channels, u, weight + o, outputs, m, to + o, outputs, channels)
+
+
+@njit(cache=True, nogil=True)
+def convolve(  # type: ignore[no-untyped-def]
+    x, batch, height, width, channels, pad_y, pad_x, u, outputs, bias, addend, add, relu, y, v, m, step
+):
+    """The whole convolution, for AVX-512, `step` tiles at a time: a multiple of `GROUP`.
+
+    Args:
+        v, m: room for (36, step * channels + 16) and (36, step * outputs + 16) float32, flat.
+        the rest: as in `spread`, `multiply` and `collect`.
+    """
+    high, wide = height + 2 * pad_y - 2, width + 2 * pad_x - 2
+    total = batch * -(-high // TILE) * -(-wide // TILE)
+    v_plane, m_plane = step * channels + _L, step * outputs + _L
+    for first in range(0, total, step):
+        tiles = min(step, total - first)
+        spread(x, first, tiles, height, width, channels, pad_y, pad_x, v, v_plane)
+        multiply(v, v_plane, u, m, m_plane, tiles, channels, outputs)
+        collect(m, m_plane, first, tiles, high, wide, outputs, bias, addend, add, relu, y)

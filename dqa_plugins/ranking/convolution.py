@@ -42,7 +42,7 @@ class Winograd:
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        from ..kernels import winograd
+        from ..kernels import lanes, winograd
 
         self._kernels = winograd
         transform = torch.from_numpy(winograd.weight_transform())
@@ -51,37 +51,40 @@ class Winograd:
         self.bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().contiguous()
         self.pad_y, self.pad_x = _pair(conv.padding)
         self._scratch = torch.empty(0)
+        self._compiled = lanes.wide()  # else products are the library's, which are faster
 
     def __call__(self, x: Tensor, addend: Tensor | None, relu: bool) -> Tensor:
         points, channels, outputs = self.weight.shape
         batch, _, height, width = x.shape
         high, wide = height + 2 * self.pad_y - 2, width + 2 * self.pad_x - 2
-        size = self._kernels.TILE
-        total = batch * -(-high // size) * -(-wide // size)
-        # odd: planes a power of two apart would share few lines of the cache
-        step = min(total, max(96, WORKING_SET // (4 * points * (channels + outputs))) | 1)
-        plane = step * channels + 16
-        needed = points * (plane + step * outputs)
-        if len(self._scratch) < needed:
-            self._scratch = torch.empty(needed)
-        transformed, products = self._scratch[: points * plane], self._scratch[points * plane :]
         source = x.permute(0, 2, 3, 1).contiguous()
         result = torch.empty(batch, high, wide, outputs)
         added = result if addend is None else addend.permute(0, 2, 3, 1).contiguous()
-        flat = [t.view(-1).numpy() for t in (source, transformed, products, self.bias, added, result)]
-        source_, transformed_, products_, bias_, added_, result_ = flat
-        spread, collect, add = self._kernels.spread, self._kernels.collect, addend is not None
-        tiles = 0
-        for first in range(0, total, step):
-            if tiles != min(step, total - first):
-                tiles = min(step, total - first)
-                left = transformed.as_strided((points, tiles, channels), (plane, channels, 1))
-                right = products[: points * tiles * outputs].view(points, tiles, outputs)
-            spread(source_, first, tiles, height, width, channels, self.pad_y, self.pad_x, transformed_, plane)
-            torch.bmm(left, self.weight, out=right)
-            collect(
-                products_, tiles * outputs, first, tiles, high, wide, outputs, bias_, added_, add, relu, result_
+        size, group = self._kernels.TILE, self._kernels.GROUP
+        total = batch * -(-high // size) * -(-wide // size)
+        # tiles at a time; more where the weight does not stay in the cache from one time to the next
+        fitting = WORKING_SET // (4 * points * (channels + outputs))
+        step = max(fitting, 1 if self.weight.numel() * 4 <= 2 * WORKING_SET else 4 * group)
+        step = -(-min(max(step // group, 1) * group, total) // group) * group
+        planes = step * channels + 16, step * outputs + 16
+        if len(self._scratch) < points * sum(planes):
+            self._scratch = torch.zeros(points * sum(planes))
+        left, right = self._scratch.split_with_sizes([points * planes[0], len(self._scratch) - points * planes[0]])
+        x_, y_, addend_ = _flat(source), _flat(result), _flat(added)
+        shape, padding = (height, width, channels), (self.pad_y, self.pad_x)
+        rest = _flat(self.bias), addend_, addend is not None, relu, y_
+        if self._compiled:
+            weight = _flat(self.weight)
+            self._kernels.convolve(
+                x_, batch, *shape, *padding, weight, outputs, *rest, _flat(left), _flat(right), step
             )  # fmt: skip
+            return result.permute(0, 3, 1, 2)
+        for first in range(0, total, step):
+            tiles = min(step, total - first)
+            self._kernels.spread(x_, first, tiles, *shape, *padding, _flat(left), planes[0])
+            factor = left.as_strided((points, tiles, channels), (planes[0], channels, 1))
+            product = torch.bmm(factor, self.weight)
+            self._kernels.collect(_flat(product), tiles * outputs, first, tiles, high, wide, outputs, *rest)
         return result.permute(0, 3, 1, 2)
 
 
@@ -135,6 +138,10 @@ def winograd_fits(conv: nn.Conv2d) -> bool:
     applies = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1
     lanes = conv.in_channels % 16 == 0 and conv.out_channels % 16 == 0
     return applies and lanes and torch.get_num_threads() <= THREADS
+
+
+def _flat(x: Tensor) -> Any:
+    return x.view(-1).numpy()
 
 
 def _pair(padding: str | tuple[int, ...]) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dqa_plugins.kernels import lanes
 from dqa_plugins.ranking import convolution as c
 
 WINOGRAD = [
@@ -16,6 +17,7 @@ WINOGRAD = [
     {"in_channels": 32, "out_channels": 16, "padding": 0},
     {"in_channels": 16, "out_channels": 16, "padding": (2, 0)},
     {"in_channels": 16, "out_channels": 16, "padding": (5, 3)},
+    {"in_channels": 96, "out_channels": 80, "padding": 1},
 ]
 PACKED = [
     {"in_channels": 16, "out_channels": 16, "padding": 1, "stride": 2},
@@ -46,6 +48,13 @@ def few_threads() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["compiled products", "library"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to multiply; without AVX-512 the compiled one is slow, but right."""
+    monkeypatch.setattr(lanes, "wide", lambda: request.param == "compiled products")
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (7, 5), (3, 17), (3, 3)])
 @pytest.mark.parametrize("settings", WINOGRAD + PACKED)
 def test_equals_the_sum_in_double_precision(settings: dict[str, Any], size: tuple[int, int]) -> None:
@@ -58,10 +67,10 @@ def test_equals_the_sum_in_double_precision(settings: dict[str, Any], size: tupl
     addend = torch.randn(exact.shape, generator=torch.Generator().manual_seed(2))
     before = addend.clone()
     for given in (x, x.contiguous(memory_format=torch.channels_last)):
-        assert error(run(given, None, False), exact) < 2e-6
-        assert error(run(given, None, True), exact.relu()) < 2e-6
-        assert error(run(given, addend, False), exact + addend) < 2e-6
-        assert error(run(given, addend, True), (exact + addend).relu()) < 2e-6
+        assert error(run(given, None, False), exact) < 4e-6
+        assert error(run(given, None, True), exact.relu()) < 4e-6
+        assert error(run(given, addend, False), exact + addend) < 4e-6
+        assert error(run(given, addend, True), (exact + addend).relu()) < 4e-6
     assert torch.equal(addend, before)
 
 
@@ -71,9 +80,10 @@ def test_other_kernels(kernel: int) -> None:
     x = torch.randn(3, 16, 6, 6)
     run = c.convolution(layer)
     assert type(run) is c.Packed
-    assert error(run(x, None, False), layer.double()(x.double())) < 2e-6
+    assert error(run(x, None, False), layer.double()(x.double())) < 4e-6
 
 
+@pytest.mark.usefixtures("products")
 def test_tiles_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """One piece, many, and a last one that is smaller; then fewer images with the memory of more."""
     layer = conv(WINOGRAD[1])
@@ -84,7 +94,7 @@ def test_tiles_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         for count in (70, 1, 33):
             exact = layer.double()(x[:count].double()).relu()
             layer.float()
-            assert error(run(x[:count], None, True), exact) < 2e-6
+            assert error(run(x[:count], None, True), exact) < 4e-6
 
 
 def test_nan_stays() -> None:
