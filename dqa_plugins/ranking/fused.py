@@ -7,6 +7,7 @@ of the graph begins before its convolution: `Chains.specials` tells which do.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +91,7 @@ class Chains:
         self.plain = dict(self.graph.specials)
         candidates = self.graph.modules if self.wanted else ()
         self.found = []
-        for i in candidates:
+        for i in candidates:  # one after the other: an addition belongs to one chain
             chain = self._chain(i)
             if chain is not None:
                 self.found.append(chain)
@@ -148,8 +149,13 @@ class Chains:
         return node
 
     def _adds(self, node: Node) -> bool:
-        two = len(node.args) == 2 and not node.kwargs and all(isinstance(a, Node) for a in node.args)
-        return two and node.args[0] is not node.args[1] and node.op == "call_function" and node.target in ADDITIONS
+        if node.op != "call_function" or node.target not in ADDITIONS or len(node.args) != 2 or node.kwargs:
+            return False
+        left, right = node.args
+        if not isinstance(left, Node) or not isinstance(right, Node) or left is right:
+            return False
+        # `x += conv(y)` changes an x that others may read
+        return node.target is not operator.iadd or len(left.users) == 1
 
     def _rectifies(self, node: Node) -> bool:
         module = self.graph.modules.get(self.graph.position[node])

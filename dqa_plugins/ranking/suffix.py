@@ -2,15 +2,16 @@
 
 What is guaranteed. The *exact* way runs the rest of the graph with the batches as they are: the same operations on the
 same shapes as one full forward per candidate, so every score is that of the naive search bit for bit. The *stacked*
-way (`stack`) runs rows (candidate, sample) of several candidates together, in channels-last memory format, which sums
-convolutions in another order (about 1e-7 of the outputs). So at every layer the stacked way is first compared with the
-exact way on the unchanged layer, and the deviation found decides what it may be trusted with:
+way (`stack`) runs rows (candidate, sample) of several candidates together, in channels-last memory format and, on the
+CPU, with convolutions of its own (`fused`, `convolution`), which sums in another order (about 1e-7 of the outputs). So
+at every layer the stacked way is first compared with the exact way on the unchanged layer, and the deviation found
+decides what it may be trusted with:
 
 - candidates with the same score whose cross-entropies lie closer than four times the mean deviation, and candidates
   with a sample whose two largest outputs lie closer than four times the largest deviation, are scored again exactly;
 - if the deviation exceeds 1e-5 of the largest output (samples depend on each other), if a quantizer that is switched
   on is called again further on (it may round the other way), or if the graph cannot be stacked, everything of that
-  layer is scored exactly.
+  layer is scored exactly; before that, slower ways to stack that deviate less are tried.
 
 The order of the channels and their accuracies are then those of the naive search; cross-entropies of channels that
 were not scored again differ in the last digits. Samples in which the channel left out was exact anyway (a channel of
@@ -187,7 +188,7 @@ class SuffixEvaluator:
 
 
 def _ways(stage: Stage, graph: Graph) -> list[Way]:
-    """How candidates may be stacked, fastest first: channels-last where there are images, else as they are."""
+    """How candidates may be stacked, fastest first: where there are images channels-last, with convolutions fused."""
     plain = Way(stage, graph, False)
     if not any(t.ndim == 4 for t in itertools.chain(stage.model.parameters(), stage.model.buffers())):
         return [plain]

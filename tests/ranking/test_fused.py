@@ -71,7 +71,18 @@ class Shapes(Residual):
         return self.fc(self.q4(F.relu(y + y)).mean((2, 3)))
 
 
-KINDS = [Residual, Changed, Read, Shapes]
+class Accumulated(Residual):
+    """A sum written into an addend that is read again, and into the convolution's own output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.q1(torch.relu(self.conv1(x)))
+        x += self.q2(self.conv2(x))
+        y = self.q3(self.conv3(x))
+        y += self.q4(self.down(x))
+        return self.fc(torch.relu(y).mean((2, 3)))
+
+
+KINDS = [Residual, Changed, Read, Shapes, Accumulated]
 
 
 def ways(model: nn.Module) -> list[Any]:
@@ -100,6 +111,9 @@ def test_the_chains_of_a_graph() -> None:
 def test_what_breaks_a_chain() -> None:
     changed = {conv: (add, relu) for conv, add, _, relu in described(build(Changed, graph=True))}
     assert changed == {"conv1": (None, "relu"), "conv2": (None, None)}
+    accumulated = {conv: (add, relu) for conv, add, _, relu in described(build(Accumulated, graph=True))}
+    assert accumulated["conv2"] == (None, None)
+    assert accumulated["conv3"] == ("iadd_1", "relu_1")
     read = {conv: (add, relu) for conv, add, _, relu in described(build(Read, graph=True))}
     assert read == {"conv1": (None, "relu"), "conv2": (None, None), "conv3": (None, "relu_2")}
 
