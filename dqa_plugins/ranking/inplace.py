@@ -17,8 +17,8 @@ from .graph import Graph
 from .stage import Seam
 
 _FRESH_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-_RELUS = (torch.relu, nn.functional.relu)
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+RELUS = (torch.relu, nn.functional.relu)
 
 
 def _relu(x: Tensor, inplace: bool = False) -> Tensor:
@@ -42,12 +42,15 @@ class _PassOn:
         return self.module(x) if self.seam.active or self.seam.calls is not None else x
 
 
-def overwrite(graph: Graph, seams: list[Seam]) -> None:
+def overwrite(graph: Graph, seams: list[Seam]) -> set[int]:
     """Install the shortcuts in `graph.specials`.
 
     Args:
         graph: of a stage of its own.
         seams: of that stage.
+
+    Returns:
+        positions of the quantizers that are looked through.
     """
     passing = set()
     for seam in seams:
@@ -59,14 +62,15 @@ def overwrite(graph: Graph, seams: list[Seam]) -> None:
         if not node.args or not isinstance(node.args[0], Node) or not _fresh(graph, node.args[0], passing):
             continue
         module = graph.modules.get(i)
-        if type(module) is nn.ReLU or (node.op == "call_function" and node.target in _RELUS):
+        if type(module) is nn.ReLU or (node.op == "call_function" and node.target in RELUS):
             graph.specials[i] = _relu
-        elif node.op == "call_function" and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs:
+        elif node.op == "call_function" and node.target in ADDITIONS and len(node.args) == 2 and not node.kwargs:
             graph.specials[i] = _add
     for module in graph.modules.values():
         fused = isinstance(module, nn.Sequential) and len(module) == 2 and type(module[1]) is nn.ReLU
         if fused and isinstance(module[0], _FRESH_MODULES):  # type: ignore[index]
             module[1].inplace = True  # type: ignore[index]
+    return passing
 
 
 def _only_calls(module: nn.Module, seam: Seam) -> bool:
@@ -102,5 +106,5 @@ def _fresh(graph: Graph, node: Node, passing: set[int]) -> bool:
             module = module[0]  # FX's fused modules
         if module is not None:
             return isinstance(module, _FRESH_MODULES)
-        return node.op == "call_function" and node.target in _ADDITIONS
+        return node.op == "call_function" and node.target in ADDITIONS
     return False

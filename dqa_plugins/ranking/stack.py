@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .evaluate import Scorer
+from .fused import Chains
 from .graph import Graph, NotStackable, Values, gather_rows, map_tensors, tensor_bytes, to_rows_first
 from .stage import Seam, Stage
 
@@ -21,9 +22,7 @@ TRUSTED = 1e-5  # largest deviation of the stacked way, relative to the largest 
 SAFETY = 4.0  # what is decided must be clear by so many deviations
 TEMPORARIES = 3  # bytes per row: the values kept, and what operations need besides
 COMPARED = 32  # samples on which the ways are compared
-WORKING_SET = (
-    20 * 2**20
-)  # bytes of a pass that still run fast: caches are a few MB (measured: ResNet-32, 16 to 64 channels)
+WORKING_SET = 32 * 2**20  # bytes of a pass that still run fast (measured: ResNet-32, 16 to 64 channels)
 
 
 @dataclass
@@ -45,16 +44,23 @@ class Cut:
 
 @dataclass(frozen=True)
 class Way:
-    """A stage and its graph, and whether its values are laid out channels-last."""
+    """A stage and its graph, whether its values are laid out channels-last, and what is computed together."""
 
     stage: Stage
     graph: Graph
     channels_last: bool
+    chains: Chains | None = None
 
     @property
     def name(self) -> str:
         """For log messages."""
-        return "stacking candidates" + (" in channels-last format" if self.channels_last else "")
+        format_ = " in channels-last format" if self.channels_last else ""
+        return "stacking candidates" + format_ + (" with fused convolutions" if self.chains else "")
+
+    def begin(self, position: int) -> None:
+        """Prepare the graph for runs from the node behind `position` on."""
+        if self.chains is not None:
+            self.graph.specials = self.chains.specials(position + 1)
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class Stack:
     def __init__(self, exact: Way, way: Way, cut: Cut, index: int, scorer: Scorer) -> None:
         self.cut, self.way, self.scorer, self.exact = cut, way, scorer, exact
         self.exact_seam, self.seam = exact.stage.seams[index], way.stage.seams[index]
+        way.begin(cut.position)
         quantized, original = self._run_site()
         self.changes = self.seam.changes(original, quantized).cpu()
         live = exact.graph.alive_after(cut.position, {**cut.values, cut.position: quantized})
@@ -166,7 +173,7 @@ class Stack:
         _, losses = self.scorer(stacked, few.targets, where)
         output = float((stacked.double() - exact.double()).abs().max())
         if losses is None or not output <= TRUSTED * float(exact.abs().max()):
-            logger.info("%s: stacked outputs deviate by %.3g; scoring exactly", self.seam.name, output)
+            logger.info("%s: %s: outputs deviate by %.3g", self.seam.name, self.way.name, output)
             return None
         return Deviation(output, float((losses - exact_losses).abs().mean()))
 

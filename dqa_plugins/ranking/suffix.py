@@ -2,15 +2,16 @@
 
 What is guaranteed. The *exact* way runs the rest of the graph with the batches as they are: the same operations on the
 same shapes as one full forward per candidate, so every score is that of the naive search bit for bit. The *stacked*
-way (`stack`) runs rows (candidate, sample) of several candidates together, in channels-last memory format, which sums
-convolutions in another order (about 1e-7 of the outputs). So at every layer the stacked way is first compared with the
-exact way on the unchanged layer, and the deviation found decides what it may be trusted with:
+way (`stack`) runs rows (candidate, sample) of several candidates together, in channels-last memory format and, on the
+CPU, with convolutions of its own (`fused`, `convolution`), which sums in another order (about 1e-7 of the outputs). So
+at every layer the stacked way is first compared with the exact way on the unchanged layer, and the deviation found
+decides what it may be trusted with:
 
 - candidates with the same score whose cross-entropies lie closer than four times the mean deviation, and candidates
   with a sample whose two largest outputs lie closer than four times the largest deviation, are scored again exactly;
 - if the deviation exceeds 1e-5 of the largest output (samples depend on each other), if a quantizer that is switched
   on is called again further on (it may round the other way), or if the graph cannot be stacked, everything of that
-  layer is scored exactly.
+  layer is scored exactly; before that, slower ways to stack that deviate less are tried.
 
 The order of the channels and their accuracies are then those of the naive search; cross-entropies of channels that
 were not scored again differ in the last digits. Samples in which the channel left out was exact anyway (a channel of
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .evaluate import Batches, Means, Scorer, SiteScores, batch_size, site_scores
+from .fused import Chains
 from .graph import Graph, tensor_bytes
 from .inplace import overwrite
 from .stack import COMPARED, SAFETY, Cut, Deviation, NotStackable, Stack, Way, exact_output
@@ -71,17 +73,17 @@ class SuffixEvaluator:
     def scores(self, index: int, channels: int, advance: Callable[[int], None]) -> SiteScores:
         """Scores of all C channels of a layer."""
         name = self.stage.seams[index].name
-        while self._ways and not self._rounds_again(index):
+        for way in [] if self._rounds_again(index) else list(self._ways):
             try:
-                found = self._stacked(index, channels, self._ways[0])
+                found = self._stacked(index, channels, way)
             except (NotStackable, RuntimeError, ValueError, TypeError, IndexError) as error:
-                failed = self._ways.pop(0)
-                logger.info("%s: %s does not work here (%s: %s)", name, failed.name, type(error).__name__, error)
+                self._ways.remove(way)
+                logger.info("%s: %s does not work here (%s: %s)", name, way.name, type(error).__name__, error)
                 continue
-            if found is None:
-                break
-            advance(channels)
-            return found
+            if found is not None:
+                advance(channels)
+                return found
+        logger.info("%s: scoring exactly", name)
         exact = self.evaluate(index, list(range(channels)), advance)
         return site_scores([exact[c] for c in range(channels)])
 
@@ -186,7 +188,7 @@ class SuffixEvaluator:
 
 
 def _ways(stage: Stage, graph: Graph) -> list[Way]:
-    """How candidates may be stacked, fastest first: channels-last where there are images, else as they are."""
+    """How candidates may be stacked, fastest first: where there are images channels-last, with convolutions fused."""
     plain = Way(stage, graph, False)
     if not any(t.ndim == 4 for t in itertools.chain(stage.model.parameters(), stage.model.buffers())):
         return [plain]
@@ -196,5 +198,6 @@ def _ways(stage: Stage, graph: Graph) -> list[Way]:
         logger.info("no channels-last copy of the model: %s", error)
         return [plain]
     fast = Graph(twin.model)  # type: ignore[arg-type]
-    overwrite(fast, twin.seams)
-    return [Way(twin, fast, True), plain]
+    passing = overwrite(fast, twin.seams)
+    chains = [Chains(fast, passing), Chains(fast, passing, wanted=False)]
+    return [*(Way(twin, fast, True, c) for c in chains if c or not c.wanted), plain]

@@ -1,11 +1,11 @@
 """Greedy channel ranking against the naive search, side by side: same model, same batches, same threads.
 
-    python -m examples.benchmarks.ranking --json ranking.json          # ResNet-32 on digits, several minutes
-    python -m examples.benchmarks.ranking --every 16 --json -          # a sixteenth of the naive candidates
+    python -m examples.benchmarks.ranking                              # ResNet-32 on digits, several minutes
+    python -m examples.benchmarks.ranking --every 16 --json            # a sixteenth of the naive candidates
 
 The naive search is algorithm 3 written down: one full forward pass per channel and batch. It is written here on its
 own, with nothing of `dqa_plugins.ranking`. Times are CPU seconds of the process, because the machine may be shared; the
-ratio of wall times is reported too.
+ratio of wall times is reported too. With --json standard output is one JSON object and nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,6 +117,23 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, time.process_time() - cpu, time.perf_counter() - wall
 
 
+def readable(result: dict[str, Any]) -> str:
+    """The result as a short table."""
+    ways = {"naive": "naive", "greedy": "greedy", "exact": "greedy, exact", "taylor": "taylor", "error": "error"}
+    lines = [
+        f"{result['network']}, {result['images']} images, {result['channels']} channels in {result['layers']} layers",
+        f"{'search':<14} {'CPU s':>8}  naive / this",
+    ]
+    for way, label in ways.items():
+        if (seconds := result.get(f"{way}_seconds")) is not None:
+            lines.append(f"{label:<14} {seconds:>8.2f}  {result['naive_seconds'] / seconds:>12.1f}")
+    for prefix, label in (("", "greedy"), ("exact_", "greedy, exact")):
+        if f"{prefix}same_order" in result:
+            same = [f"{prefix}same_order", f"{prefix}same_accuracy"]
+            lines.append(f"{label}: same order {result[same[0]]}, same accuracies {result[same[1]]}")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,7 +145,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=int, default=1, help="time the naive search on every so many channels only")
     parser.add_argument("--exact", action="store_true", help="also time rank_channels(exact=True)")
-    parser.add_argument("--json", metavar="FILE", help="write the result here; - for standard output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
@@ -177,16 +193,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         exact, exact_cpu, _ = timed(rank(exact=True))
         result["exact_seconds"] = exact_cpu
         result["exact_speedup_vs_naive"] = naive_cpu * scale / exact_cpu
-        result["exact"] = compare(exact, naive)
+        result |= {f"exact_{name}": value for name, value in compare(exact, naive).items()}
     for strategy in ("taylor", "error"):
         _, seconds, _ = timed(rank(strategy=strategy))
         result[f"{strategy}_seconds"] = seconds
     result["machine"] = f"{platform.machine()}, torch {torch.__version__}"
 
-    text = json.dumps(result, indent=1)
-    if options.json and options.json != "-":
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
-    sys.stdout.write(text + "\n")
+    sys.stdout.write((json.dumps(result, indent=1) if options.json else readable(result)) + "\n")
     return result
 
 
