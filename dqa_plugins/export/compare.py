@@ -24,6 +24,7 @@ from .backends import Target, compiled
 from .lean import LeanQuantizer
 from .program import as_inputs, exportable
 
+ROUNDING = 1e-6  # of the largest value of a sample: what float32 sums in another order differ by
 TIE = 1e-4  # steps: how near to a tie the first value to differ must lie
 
 
@@ -249,9 +250,18 @@ def tie_distance(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor |
     return distance
 
 
+def steps_off(difference: Tensor, quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None) -> Tensor:
+    """(B, ...) bool: where two results for x differ by a step, and by more than sums of values like x are rounded.
+
+    The second part matters for channels whose values all are alike: their steps are smaller than the rounding.
+    """
+    largest = x.double().abs().flatten(1).amax(1).reshape(-1, *[1] * (x.ndim - 1)) if x.numel() else 0.0
+    return (difference > 0.5 * step_of(quantizer, x, prediction)) & (difference > ROUNDING * largest)
+
+
 def _parity(call: _Call, z: Tensor) -> tuple[float, float]:
     difference = (call.y.double() - z.double()).abs()
-    off = difference > 0.5 * step_of(call.quantizer.original, call.x, call.prediction)
+    off = steps_off(difference, call.quantizer.original, call.x, call.prediction)
     return float(difference.max()), float(off.double().mean())
 
 
@@ -268,7 +278,7 @@ def _network(
     for (quantizer, x, _, prediction), y, z in zip(calls, outputs, taps, strict=True):
         original = quantizer.original
         difference = (y.double() - z.double()).abs()
-        off = difference > 0.5 * step_of(original, x, prediction)
+        off = steps_off(difference, original, x, prediction)
         per_sample = off.flatten(1).any(1)
         fresh = per_sample & ~touched
         if fresh.any():

@@ -35,6 +35,20 @@ def log(x: Tensor) -> Tensor:
     return x.double().clamp(min=SMALLEST).log()
 
 
+def mean_of(x: Tensor) -> Tensor:
+    """Mean over the last dimension, float64."""
+    return x.mean(-1, keepdim=True, dtype=torch.float64).squeeze(-1)
+
+
+def sum_of(x: Tensor) -> Tensor:
+    """Sum over the last dimension of a float64 tensor.
+
+    The squeeze is a node of its own in an exported graph: OpenVINO computes a reduction together with the arithmetic
+    behind it, and where the reduction drops a dimension it pairs a vector with the wrong one.
+    """
+    return x.sum(-1, keepdim=True).squeeze(-1)
+
+
 def site_features(x: Tensor, mode: str) -> Tensor:
     """The features of a site's tensor, taken before it is quantized.
 
@@ -59,9 +73,8 @@ def site_features(x: Tensor, mode: str) -> Tensor:
         else:
             logs += [torch.ones_like(logs[0])] * (len(LEVELS) + 1)
     flat = values.flatten(1)
-    count = flat.shape[1]
-    mean = flat.sum(1, dtype=torch.float64) / count
-    spread = ((flat.square().sum(1, dtype=torch.float64) / count) - mean.square()).clamp(min=0).sqrt()
+    mean = mean_of(flat)
+    spread = (mean_of(flat.square()) - mean.square()).clamp(min=0).sqrt()
     raw = [q.double() for q in quantiles(flat, RAW_LEVELS)]
     relative = torch.stack([*raw, mean, spread], 1) / logs[SCALE].clamp(min=SMALLEST).unsqueeze(1)
     return torch.cat([log(torch.stack(logs, 1)), relative], 1)
@@ -69,7 +82,7 @@ def site_features(x: Tensor, mode: str) -> Tensor:
 
 def _summary(flat: Tensor) -> list[Tensor]:
     """Quantiles, mean and maximum of (B, N), each (B,) float64."""
-    mean = flat.sum(1, dtype=torch.float64) / flat.shape[1]
+    mean = mean_of(flat)
     return [*(q.double() for q in quantiles(flat, LEVELS)), mean, flat.amax(1).double()]
 
 
@@ -84,9 +97,7 @@ def channel_features(x: Tensor, axis: int) -> Tensor:
         (B, 2 * min(C, 64)) float64; more channels are averaged in groups of neighbours.
     """
     values = x.movedim(axis, 1).flatten(2) if x.ndim > 2 else x.unsqueeze(2)
-    count = values.shape[2]
-    mean = values.abs().sum(2, dtype=torch.float64) / count
-    square = values.square().sum(2, dtype=torch.float64) / count
+    mean, square = mean_of(values.abs()), mean_of(values.square())
     channels = values.shape[1]
     if channels > MOST_CHANNELS:
         groups = torch.arange(channels, device=x.device) * MOST_CHANNELS // channels
@@ -168,5 +179,5 @@ class Note(nn.Module):
         flat = x.flatten(1)
         count = flat.shape[1]
         share = (outside(x, prediction, self.axis) + 1.0) / count
-        mean = flat.abs().sum(1, dtype=torch.float64) / count
+        mean = mean_of(flat.abs())
         return torch.cat([torch.stack([log(share), log(mean)], 1), channel_features(x, self.axis)], 1)

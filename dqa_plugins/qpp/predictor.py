@@ -12,7 +12,7 @@ from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method
 
 from .bus import Bus
-from .features import NOTE_FEATURES, SCALE, Note, Own, site_features, site_size
+from .features import NOTE_FEATURES, SCALE, Note, Own, site_features, site_size, sum_of
 from .radial import radial
 from .record import SampleRecord
 
@@ -86,10 +86,10 @@ class Predictor(StateModule):
         """
         known = torch.cat([features, *(note[:, :NOTE_FEATURES] for note in notes[:-1]), *notes[-1:]], 1)
         # a sum, not a matrix product: its rounding would depend on the batch size
-        linear = (known.unsqueeze(1) * self.weight.t()).sum(2) + self.bias
+        linear = sum_of(known.unsqueeze(1) * self.weight.t()) + self.bias
         if self.centres.shape[0]:
             near = radial(features, self.rate, self.centres)
-            linear = linear + (near.unsqueeze(1) * self.bumps.t()).sum(2)
+            linear = linear + sum_of(near.unsqueeze(1) * self.bumps.t())
         value = linear
         if self.mode == "extended":
             scale = features[:, SCALE : SCALE + 1].exp()

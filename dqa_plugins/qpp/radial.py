@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .features import PAPER_FEATURES, SCALE, SLOPES
+from .features import PAPER_FEATURES, SCALE, SLOPES, sum_of
 
 CENTRES = 96  # samples that functions are centred on, at most
 WIDTH = 0.3  # -log of the function one standard deviation away in every feature
@@ -58,7 +58,7 @@ def radial(features: Tensor, rate: Tensor, centres: Tensor) -> Tensor:
         (B, R) float64 in [0, 1].
     """
     # a sum, not a matrix product: its rounding would depend on the batch size
-    distance = ((plain(features) * rate).unsqueeze(1) - centres).square().sum(2)
+    distance = sum_of(((plain(features) * rate).unsqueeze(1) - centres).square())
     return (-distance).exp()
 
 
