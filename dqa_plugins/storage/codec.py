@@ -218,11 +218,7 @@ def join(layout: Layout, parameters: tuple[Tensor, ...], streams: Streams, devic
     head = [p.cpu().contiguous().numpy().reshape(-1).view(np.uint8) for p in parameters]
     parts = [*head, lengths, *streams.pieces]
     section = torch.empty(sum(p.size for p in parts), dtype=torch.uint8)
-    target = section.numpy()
-    at = 0
-    for part in parts:
-        target[at : at + part.size] = part
-        at += part.size
+    engine.join(parts, section.numpy())
     return section.to(device)
 
 

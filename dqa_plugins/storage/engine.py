@@ -6,9 +6,10 @@ for a while after each operation, is neither used nor resized. One thread serves
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Lock, local
 from typing import Any
 
@@ -21,6 +22,8 @@ from ..kernels import fields as f
 from .layout import Layout
 
 PARALLEL_CHUNKS = 64  # chunks (256 k values) below which one thread is used
+PARALLEL_BYTES = 2**20  # bytes below which one thread copies
+PARTS = 4  # ranges for each thread: a thread that is slow gets fewer of them
 _EMPTY_FLOAT, _EMPTY_CODES = np.empty(0, np.float32), np.empty(0, np.int16)
 _lock, _local = Lock(), local()
 _pool: ThreadPoolExecutor | None = None
@@ -40,19 +43,50 @@ def get_threads() -> int:
     return _threads if _threads is not None else max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
 
 
-def _run(task: Callable[[int, int, int], Any], chunks: int) -> list[Any]:
-    """task(number, first, last) over ranges that cover all chunks; the results in order."""
-    threads = get_threads()
-    if chunks < PARALLEL_CHUNKS or threads == 1:
-        return [task(0, 0, chunks)]
+def _share(task: Callable[[int], Any], count: int, threads: int) -> list[Any]:
+    """task(0) to task(count - 1), each done by whichever thread is free; the results in order."""
+    if threads == 1 or count <= 1:
+        return [task(i) for i in range(count)]
     global _pool
     with _lock:
         if _pool is None or _pool._max_workers < threads - 1:
             _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="dqa-storage")
         pool = _pool
-    edges = [chunks * i // threads for i in range(threads + 1)]
-    futures = [pool.submit(task, i, edges[i], edges[i + 1]) for i in range(1, threads)]
-    return [task(0, edges[0], edges[1]), *(future.result() for future in futures)]
+    results: list[Any] = [None] * count
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (i := next(numbers)) < count:
+            results[i] = task(i)
+
+    futures = [pool.submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:  # nobody may still write when the caller goes on
+        wait(futures)
+    for future in futures:
+        future.result()
+    return results
+
+
+def _run(task: Callable[[int, int, int], Any], chunks: int) -> list[Any]:
+    """task(number, first, last) over ranges that cover all chunks; the results in order."""
+    threads = get_threads()
+    if chunks < PARALLEL_CHUNKS or threads == 1:
+        return [task(0, 0, chunks)]
+    parts = min(PARTS * threads, chunks // (PARALLEL_CHUNKS // 2))
+    edges = [chunks * i // parts for i in range(parts + 1)]
+    return _share(lambda i: task(i, edges[i], edges[i + 1]), parts, threads)
+
+
+def join(parts: list[NDArray[np.uint8]], out: NDArray[np.uint8]) -> None:
+    """Copy parts behind each other into `out`, large ones in several threads."""
+    ends = np.cumsum([part.size for part in parts]).tolist()
+
+    def copy(i: int) -> None:
+        out[ends[i] - parts[i].size : ends[i]] = parts[i]
+
+    _share(copy, len(parts), get_threads() if out.size >= PARALLEL_BYTES else 1)
 
 
 def _scratch() -> dict[int, NDArray[np.uint8]]:

@@ -215,7 +215,7 @@ def plot(cells: list[dict[str, Any]], tasks: list[Workload], fp32: dict[str, flo
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, print, write."""
-    options = common.parse(__doc__, arguments, runs=(5, 3), networks=NETWORKS)
+    options = common.parse(__doc__, arguments, runs=(5, 2), networks=NETWORKS)
     started = time.perf_counter()
     common.settle()
     keys = [options.network] if options.network else list(NETWORKS)

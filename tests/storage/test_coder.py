@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dqa_plugins import DQA, ActivationQuantizer
-from dqa_plugins.storage import CorruptFrame, codec, pack, reference
+from dqa_plugins.errors import NonFiniteInput
+from dqa_plugins.storage import CorruptFrame, codec, engine, pack, reference
 from dqa_plugins.storage.histograms import best_table, cluster, entropy_bits
 from dqa_plugins.storage.huffman import canonical_codes, check_lengths, code_lengths
 from dqa_plugins.storage.outliers import decode_positions, encode_positions
@@ -169,3 +170,22 @@ def test_outlier_positions(mask: list[bool], stretch: int) -> None:
     found = decode_positions(data, int(array.sum()), array.size, bitmap)
     assert (found == np.flatnonzero(array)).all()
     assert len(data) <= (array.size + 7) // 8
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_give_the_same_bytes(threads: int) -> None:
+    """Ranges are coded by whichever thread is free, and put together in order."""
+    x = torch.rand(3, 5, 400, 401, generator=torch.Generator().manual_seed(0))
+    quantizer = quantizer_for(DQA(bits=3), x)
+    engine.set_threads(1)
+    try:
+        wanted = pack(x, quantizer, "joint")
+        engine.set_threads(threads)
+        found = pack(x, quantizer, "joint")
+        assert torch.equal(found.data, wanted.data)
+        assert torch.equal(found.unpack(), quantizer(x))
+        x[2, 4, -1, -1] = float("nan")  # in the last range
+        with pytest.raises(NonFiniteInput):
+            pack(x, quantizer, "joint")
+    finally:
+        engine.set_threads(None)
