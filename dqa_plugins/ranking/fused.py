@@ -123,19 +123,13 @@ class Chains:
         chain = Chain(i, conv, fused)
         node = self._next(node)
         behind = self._reader(node)
-        taken = {chain.add for chain in self.found}
-        adds = behind is not None and self._adds(behind) and self.graph.position[behind] not in taken
-        if adds and not self._changes(i, self.graph.position[behind]):  # type: ignore[index]
-            assert behind is not None
+        if behind is None or self._changes(i, self.graph.position[behind]):
+            return chain
+        if self._adds(behind) and self.graph.position[behind] not in {chain.add for chain in self.found}:
             chain.add, chain.side = self.graph.position[behind], behind.args.index(node)
-            node = self._next(behind)
-            behind = self._reader(node)
-            rectified = behind is not None and self._rectifies(behind)
-        else:
-            rectified = behind is not None and self._rectifies(behind)
-            rectified = rectified and not self._changes(i, self.graph.position[behind])  # type: ignore[index]
-        if rectified:
-            chain.relu = self.graph.position[behind]  # type: ignore[index]
+            behind = self._reader(self._next(behind))
+        if behind is not None and self._rectifies(behind):
+            chain.relu = self.graph.position[behind]
         return chain
 
     def _reader(self, node: Node) -> Node | None:

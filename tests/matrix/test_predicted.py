@@ -14,11 +14,10 @@ from dqa_plugins import QPP, ActivationQuantizer, DenseSparse, Direct, iter_quan
 from dqa_plugins.export import compare_backends, to_exported_program
 from dqa_plugins.export.backends import Target, compiled
 from dqa_plugins.methods import Method
-from dqa_plugins.qpp import connect, qpp_report
-from dqa_plugins.qpp.augment import run_augmented
-from dqa_plugins.qpp.bus import tap_inputs
+from dqa_plugins.qpp import qpp_report
 from dqa_plugins.qpp.features import channel_features, mean_of, sum_of
 from tests.matrix.rooms import METHODS, ROOMS, SITES, batches, net
+from tests.qpp.connected import calibrate_connected
 
 QPPS = {
     "paper": QPP(mode="paper", sites=("input",)),
@@ -43,16 +42,7 @@ def by_hand(name: str) -> nn.Module:
     for site, method in wanted(name).items():
         quantizers.append(ActivationQuantizer(method, name=site, index=len(quantizers)))
         setattr(model, site, nn.Sequential(getattr(model, site), quantizers[-1]))
-    bus = connect(quantizers)
-    assert bus is not None
-    hooks = run_augmented(bus, model)
-    with torch.no_grad():
-        for x in batches():
-            model(x)
-    hooks.remove()
-    for quantizer in quantizers:
-        quantizer.freeze()
-    tap_inputs(model, bus)
+    calibrate_connected(model, quantizers, batches())
     return model
 
 

@@ -26,8 +26,8 @@ from dqa_plugins import (
 from dqa_plugins.errors import InvalidMethod, StateMismatch, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.metrics import density, failure_rate, prediction_error
 from dqa_plugins.qpp import connect, link, qpp_report
-from dqa_plugins.qpp.augment import change, run_augmented
-from dqa_plugins.qpp.bus import tap_inputs
+from dqa_plugins.qpp.augment import change
+from tests.qpp.connected import calibrate_connected
 
 METHODS: dict[str, Method] = {
     "direct": Direct(),
@@ -64,16 +64,7 @@ def inputs(count: int = 48, seed: int = 0) -> Tensor:
 def calibrate(method: Method, x: Tensor | None = None, *, size: int = 16) -> Net:
     model = Net(method).eval()
     quantizers = [quantizer for _, quantizer in iter_quantizers(model)]
-    bus = connect(quantizers)
-    assert bus is not None
-    hooks = run_augmented(bus, model)
-    with torch.no_grad():
-        for batch in (inputs() if x is None else x).split(size):
-            model(batch)
-    hooks.remove()
-    for quantizer in quantizers:
-        quantizer.freeze()
-    tap_inputs(model, bus)
+    calibrate_connected(model, quantizers, (inputs() if x is None else x).split(size))
     return model
 
 
