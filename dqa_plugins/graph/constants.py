@@ -11,9 +11,9 @@ INTEGER = "integers or booleans"
 MASK = "made from integers or booleans only, as a mask is"
 INTERNAL = "computed inside a norm"
 
-_ROOTS = frozenset(("rsqrt", "sqrt", "pow", "reciprocal", "std", "linalgvectornorm", "norm"))
-_STATISTICS = frozenset(("mean", "sum", "var", "std"))
-_INSIDE = frozenset(("pow", "square", "mean", "sum", "var", "std", "sqrt", "rsqrt", "reciprocal"))
+_STATISTICS = frozenset(("mean", "sum", "var", "std", "norm", "linalgvectornorm"))
+_SPREADS = frozenset(("var", "std", "norm", "linalgvectornorm"))  # of the tensor itself, not of its squares
+_ROOTS = frozenset(("sqrt", "rsqrt", "reciprocal"))
 
 
 def no_activations(operations: Sequence[Operation]) -> dict[Value, str]:
@@ -55,8 +55,8 @@ def _reason(op: Operation, found: dict[Value, str]) -> str | None:
 def norm_internals(operations: Sequence[Operation], constants: dict[Value, str]) -> set[Operation]:
     """Operations inside norms that are written out: x * rsqrt(mean(x ** 2) + eps) * weight.
 
-    Between the tensor that is normalized and the last operation (the multiplication by the weight, the addition of the
-    bias) nothing is an activation: not x ** 2, its mean, the root, nor the product without the weight.
+    Between the tensor that is normalized and the last operation (the product, the multiplication by a weight, the
+    addition of a bias) nothing is an activation: not x ** 2, its mean, the root, nor the product without the weight.
 
     Args:
         operations: in order of execution.
@@ -64,66 +64,75 @@ def norm_internals(operations: Sequence[Operation], constants: dict[Value, str])
     """
     inside: set[Operation] = set()
     for op in operations:
-        if op.name in _ROOTS and op.inputs and not op.inputs[0] in constants:
-            chain = _up_to_the_tensor(op, constants)
-            if any(o.name in _STATISTICS for o in chain):
-                inside |= chain
-                inside |= _down_to_the_last(op, constants, chain)
+        if op in inside or not (_is_root(op) or op.name in _SPREADS) or not op.inputs or op.inputs[0] in constants:
+            continue
+        above: set[Operation] = set()
+        if _statistic(op, constants, above):
+            below = _products(op, constants)
+            if below is not None:
+                inside |= above | below
     return inside
 
 
-def _single(op: Operation, constants: dict[Value, str]) -> bool:
-    """Whether an operation reads one activation, possibly twice: x * x, x + eps."""
-    return len({value for value in op.inputs if value not in constants}) == 1
+def _is_root(op: Operation) -> bool:
+    return op.name in _ROOTS or (op.name == "pow" and op.arguments[:1] in ((0.5,), (-0.5,)))
 
 
-def _up_to_the_tensor(root: Operation, constants: dict[Value, str]) -> set[Operation]:
-    chain, queue = set(), [root]
-    while queue:
-        op = queue.pop()
-        if op in chain:
-            continue
-        shift = op.name in ("add", "mul", "sub", "div", "clamp", "clampmin", "maximum", "to", "float", "type")
-        centred = op.name == "sub" and any(v.producer and v.producer.name == "mean" for v in op.inputs[1:])
-        if op.name in _INSIDE or op is root or centred or (shift and _single(op, constants)):
-            chain.add(op)
-            queue.extend(v.producer for v in op.inputs if v.producer and not (v in constants))
-    # in front of the first statistic only squares and differences from the mean belong to the norm
-    return {op for op in chain if op.name in _INSIDE or op is root or _leads_from_statistic(op, chain)}
-
-
-def _leads_from_statistic(op: Operation, chain: set[Operation]) -> bool:
-    if op.name == "sub" and any(v.producer and v.producer.name == "mean" for v in op.inputs[1:]):
+def _shifts(op: Operation, constants: dict[Value, str]) -> bool:
+    """x + eps, max(x, eps), a cast: one activation and constants."""
+    if op.name in ("clamp", "clampmin", "maximum") or (op.facts.kind == "moves" and op.inputs):
         return True
-    if op.name == "mul" and len(set(op.inputs)) == 1 and any(r.name in _STATISTICS for r in op.outputs[0].readers):
+    return op.name in ("add", "mul", "div") and sum(value not in constants for value in op.inputs) == 1
+
+
+def _squares(op: Operation) -> bool:
+    return op.name in ("pow", "square") or (op.name == "mul" and len(op.inputs) == 2 and len(set(op.inputs)) == 1)
+
+
+def _statistic(op: Operation, constants: dict[Value, str], chain: set[Operation]) -> bool:
+    """Collect what leads to a root from the tensor that is normalized; False if it is no second moment of one."""
+    chain.add(op)
+    if op.name in _SPREADS:
         return True
-    return any(v.producer in chain and v.producer.name in _INSIDE for v in op.inputs if v.producer)
+    above = next((value.producer for value in op.inputs if value not in constants), None)
+    if above is None:
+        return False
+    if op.name in ("mean", "sum"):
+        if not _squares(above):
+            return False
+        chain.add(above)
+        centred = above.inputs[0].producer
+        if centred is not None and centred.name == "sub" and len(centred.inputs) == 2:
+            mean = centred.inputs[1].producer
+            if mean is not None and mean.name == "mean":
+                chain.update((centred, mean))
+        return True
+    if _is_root(above) or above.name in _STATISTICS or _shifts(above, constants):
+        return _statistic(above, constants, chain)
+    return False
 
 
-def _down_to_the_last(root: Operation, constants: dict[Value, str], chain: set[Operation]) -> set[Operation]:
-    """The product of tensor and root, and what follows it, but for the last: that is the norm's result."""
-    inside: set[Operation] = set()
-    queue = [reader for value in root.outputs for reader in value.readers]
+def _products(root: Operation, constants: dict[Value, str]) -> set[Operation] | None:
+    """The product of tensor and root and what follows it, but for the last, the norm's result; None: no product."""
+    inside, queue, multiplied = {root}, [root], False
     while queue:
-        op = queue.pop()
-        if op in chain or op in inside or not op.outputs:
-            continue
-        if op.name in _INSIDE or op.name in ("to", "float", "type", "typeas", "clampmin", "clamp"):
-            inside.add(op)
-        elif not (op.name in ("mul", "div") and _affine_follows(op, constants)) and not (
-            op.name in ("add", "mul") and _single(op, constants) and _affine_follows(op, constants)
-        ):
-            continue
-        inside.add(op)
-        queue.extend(op.outputs[0].readers)
-    return inside
+        for op in [reader for value in queue.pop().outputs for reader in value.readers]:
+            both = sum(value not in constants for value in op.inputs) > 1
+            if op.name in ("mul", "div") and both:
+                multiplied = True
+            elif op.how == "output" or not (_is_root(op) or _shifts(op, constants)):
+                continue
+            if op not in inside and (not multiplied or _scaled(op, constants)):
+                inside.add(op)
+                queue.append(op)
+    return inside if multiplied else None
 
 
-def _affine_follows(op: Operation, constants: dict[Value, str]) -> bool:
-    """Whether all that reads the result multiplies it by, or adds, a constant, through at most a cast."""
-    readers = list(op.outputs[0].readers)
+def _scaled(op: Operation, constants: dict[Value, str]) -> bool:
+    """Whether all that reads the result multiplies it by, or adds, a parameter, through at most casts."""
+    readers = [reader for value in op.outputs for reader in value.readers]
     while readers and all(r.facts.kind == "moves" and r.facts.channels == "same" for r in readers):
         readers = [r for reader in readers for value in reader.outputs for r in value.readers]
     return bool(readers) and all(
-        r.name in ("mul", "add") and _single(r, constants) and any(v in constants for v in r.inputs) for r in readers
+        r.name in ("mul", "add") and any(v in constants for v in r.inputs) and _shifts(r, constants) for r in readers
     )

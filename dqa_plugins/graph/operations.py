@@ -74,7 +74,7 @@ _TABLE = (
         "contiguous detach identity dropout dropout1d dropout2d dropout3d alphadropout featurealphadropout "
         "stochasticdepth droppath to float double half bfloat16 type typeas cpu cuda alias",
     ),
-    ("moves", "same", False, "clone roll flip repeatinterleave copy pad"),
+    ("moves", "same", False, "clone roll flip repeatinterleave pad"),
     ("moves", "1", False, "maxpool1d maxpool2d maxpool3d adaptivemaxpool1d adaptivemaxpool2d adaptivemaxpool3d"),
     ("moves", "1", False, "pixelshuffle pixelunshuffle channelshuffle"),
     (
