@@ -16,6 +16,7 @@ from .operations import Operation, Value, facts
 
 _NUMBERS = frozenset("size dim ndimension numel nelement stride element_size __len__ len get_device".split())
 _ATTRIBUTES = frozenset("shape ndim dtype device is_cuda itemsize".split())
+_PLAIN = frozenset(("_operator", "operator", "builtins", "math"))  # functions of Python, which make no tensors
 _IN_PLACE = frozenset("iadd isub imul itruediv ifloordiv ipow iand ior ixor imod setitem".split())
 
 
@@ -48,15 +49,14 @@ def numbers(graph: Graph) -> set[Node]:
     found: set[Node] = set()
     for node in graph.nodes:
         name = getattr(node.target, "__name__", str(node.target))
-        if node.op in ("call_method", "call_function") and name in _NUMBERS:
+        calls = node.op in ("call_method", "call_function")
+        of_numbers = calls and bool(node.all_input_nodes) and all(n in found for n in node.all_input_nodes)
+        if (
+            (calls and name in _NUMBERS)
+            or (node.target is getattr and node.args[1] in _ATTRIBUTES)
+            or (of_numbers and (node.op == "call_method" or getattr(node.target, "__module__", "") in _PLAIN))
+        ):
             found.add(node)
-        elif node.target is getattr and node.args[1] in _ATTRIBUTES:
-            found.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
-            if getattr(node.target, "__module__", "") in ("_operator", "operator", "builtins", "math"):
-                found.add(node)
-        elif node.op == "call_method" and node.all_input_nodes and node.args[0] in found:
-            found.add(node)  # a method of a number or of a size
     return found
 
 
