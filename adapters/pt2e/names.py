@@ -74,11 +74,8 @@ class Unit:
         for node in self.nodes:
             read: list[Node] = []
             torch.fx.map_arg((node.args, node.kwargs), lambda n, read=read: read.append(n) or n)
-            found.extend(
-                source
-                for source in read
-                if source not in mine and source not in found and not (self.how == "module" and source.op == "get_attr")
-            ) if len(self.nodes) > 1 else found.extend(read)
+            outside = [n for n in read if n not in mine and not (self.how == "module" and n.op == "get_attr")]
+            found.extend(n for n in outside if n not in found or len(self.nodes) == 1)
         return found
 
 
