@@ -21,7 +21,7 @@ from dqa_plugins.graph.fx import TensorFacts, describe, follow_in_place
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.host.convert import link_reader
-from dqa_plugins.host.placement import Group, Placement, Site, judge
+from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
 from dqa_plugins.host.record import record_shapes
 from dqa_plugins.host.skip import resolve_skip
 from dqa_plugins.methods import Method
@@ -32,7 +32,6 @@ from .names import site_name
 from .observer import FXObserver
 
 logger = logging.getLogger(__name__)
-PLACEMENT = "dqa_placement"  # key in GraphModule.meta
 
 
 def observer_of(node: Any, model: GraphModule) -> FXObserver | None:
@@ -69,7 +68,7 @@ def place(model: GraphModule, mapping: Any, example_inputs: Any, *, qat: bool) -
         follow_in_place(model)
         placement = find_sites(model, mapping, example_inputs)
         _put_in(model, placement, qat=qat)
-        model.meta[PLACEMENT] = placement
+        model.meta[PLACEMENT] = placement.summary()
         _warn_unmatched(placement)
     number(model)
     prepare_graph(model, [quantizer for _, quantizer in iter_quantizers(model)])
@@ -136,6 +135,7 @@ def _take_out(model: GraphModule) -> None:
 
 def _put_in(model: GraphModule, placement: Placement, *, qat: bool) -> None:
     observers: dict[Group, str] = {}
+    start = [node for node in model.graph.nodes if node.op == "placeholder"][-1]
     for site in placement.sites:
         if site.group not in observers:
             name = f"observer_{len(observers)}"
@@ -143,7 +143,8 @@ def _put_in(model: GraphModule, placement: Placement, *, qat: bool) -> None:
                 name += "_"
             model.add_submodule(name, _observer(site))
             observers[site.group] = name
-        _call(model, site, observers[site.group])
+        called = _call(model, site, observers[site.group], start)
+        start = called if site.value.key.op == "placeholder" else start
     model.graph.lint()
     model.recompile()
     for node, observer in observer_nodes(model):
@@ -159,17 +160,18 @@ def _observer(site: Site) -> FXObserver:
     return observer
 
 
-def _call(model: GraphModule, site: Site, observer: str) -> None:
+def _call(model: GraphModule, site: Site, observer: str, start: Node) -> Node:
+    """Call an observer on a site's tensor; behind all inputs, `start`, if that is one."""
     node: Node = site.value.key
     users = list(node.users)
     if site.readers is not None:
         reading = {reader.outputs[0].key if reader.outputs else None for reader in site.readers}
         users = [user for user in users if user in reading]
-    placeholders = [n for n in model.graph.nodes if n.op == "placeholder"]
-    with model.graph.inserting_after(placeholders[-1] if node.op == "placeholder" else node):
+    with model.graph.inserting_after(start if node.op == "placeholder" else node):
         called = model.graph.call_module(observer, (node,))
     for user in users:
         user.replace_input_with(node, called)
+    return called
 
 
 def number(model: GraphModule) -> None:

@@ -1,4 +1,4 @@
-"""What of torchao's PT2E mode is touched, and the check that it is still there.
+"""What of torchao's PT2E mode is touched; `host.hooks` checks that it is still there.
 
 Three functions get a wrapper, once, when this room is imported. All are looked up in their module at call time, so
 it does not matter whether prepare_pt2e was imported before. Only our observers are treated differently.
@@ -12,44 +12,24 @@ it does not matter whether prepare_pt2e was imported before. Only our observers 
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from torch.fx import GraphModule
 
 from dqa_plugins.errors import FrameworkMismatch
+from dqa_plugins.graph.names import require_unique
+from dqa_plugins.host import hooks
+from dqa_plugins.host.hooks import Hook, Host
 from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
 from .host import ANNOTATION, TESTED, torchao
-from .naming import name_sites
+from .names import name_sites
 from .observer import PT2EObserver, PT2EWeight
 
-MARK = "__dqa_plugins_hook__"
-
-
-def _hook(module: ModuleType, name: str, parameters: tuple[str, ...], wrap: Callable[..., Any]) -> None:
-    original = getattr(module, name, None)
-    if getattr(original, MARK, False):
-        return
-    if not callable(original):
-        raise FrameworkMismatch(
-            f"{module.__name__}.{name} is gone in torchao {torchao.__version__}; the PT2E adapter stands on it. It was "
-            f"tested with torchao {TESTED}: install that version, or use the FX flow."
-        )
-    found = tuple(inspect.signature(original).parameters)
-    if found[: len(parameters)] != parameters:
-        raise FrameworkMismatch(
-            f"{module.__name__}.{name} takes {found} in torchao {torchao.__version__}, not {parameters}; the PT2E "
-            f"adapter was tested with torchao {TESTED}."
-        )
-    wrapper = functools.wraps(original)(wrap(original))
-    setattr(wrapper, MARK, True)
-    setattr(module, name, wrapper)
+HOST = Host("torchao", str(torchao.__version__), tested=TESTED, room="PT2E", otherwise="use the FX flow")
 
 
 def _fuse_hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +49,9 @@ def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
                     module.quantizer.start_qat()
                 elif isinstance(module, PT2EWeight):
                     module.enable_fake_quant()
-        prepare_graph(prepared, [quantizer for _, quantizer in iter_quantizers(prepared)])
+        quantizers = [quantizer for _, quantizer in iter_quantizers(prepared)]
+        require_unique([quantizer.name for quantizer in quantizers], "the prepared model")
+        prepare_graph(prepared, quantizers)
         return prepared
 
     return prepare
@@ -99,6 +81,11 @@ def install() -> None:
             f"torchao {torchao.__version__} keeps annotations elsewhere than in Node.meta[{ANNOTATION!r}]; the PT2E "
             f"adapter was tested with torchao {TESTED}."
         )
-    _hook(quantize_pt2e, "_fuse_conv_bn_", ("m",), _fuse_hook)
-    _hook(quantize_pt2e, "prepare", ("model", "node_name_to_scope", "is_qat"), _prepare_hook)
-    _hook(export_utils, "_replace_dropout", ("m", "train_to_eval"), _dropout_hook)
+    hooks.install(
+        [
+            Hook(quantize_pt2e, "_fuse_conv_bn_", ("m",), _fuse_hook),
+            Hook(quantize_pt2e, "prepare", ("model", "node_name_to_scope", "is_qat"), _prepare_hook),
+            Hook(export_utils, "_replace_dropout", ("m", "train_to_eval"), _dropout_hook),
+        ],
+        HOST,
+    )

@@ -16,6 +16,7 @@ from .operations import Operation, Value, facts
 
 _NUMBERS = frozenset("size dim ndimension numel nelement stride element_size __len__ len get_device".split())
 _ATTRIBUTES = frozenset("shape ndim dtype device is_cuda itemsize".split())
+_PLAIN = frozenset(("_operator", "operator", "builtins", "math"))  # functions of Python, which make no tensors
 _IN_PLACE = frozenset("iadd isub imul itruediv ifloordiv ipow iand ior ixor imod setitem".split())
 
 
@@ -48,15 +49,12 @@ def numbers(graph: Graph) -> set[Node]:
     found: set[Node] = set()
     for node in graph.nodes:
         name = getattr(node.target, "__name__", str(node.target))
-        if node.op in ("call_method", "call_function") and name in _NUMBERS:
+        calls = node.op in ("call_method", "call_function")
+        of_numbers = calls and bool(node.all_input_nodes) and all(n in found for n in node.all_input_nodes)
+        plain = node.op == "call_method" or getattr(node.target, "__module__", "") in _PLAIN
+        attribute = node.target is getattr and node.args[1] in _ATTRIBUTES
+        if attribute or (calls and name in _NUMBERS) or (of_numbers and plain):
             found.add(node)
-        elif node.target is getattr and node.args[1] in _ATTRIBUTES:
-            found.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
-            if getattr(node.target, "__module__", "") in ("_operator", "operator", "builtins", "math"):
-                found.add(node)
-        elif node.op == "call_method" and node.all_input_nodes and node.args[0] in found:
-            found.add(node)  # a method of a number or of a size
     return found
 
 
@@ -165,9 +163,10 @@ def describe(
         if node in taken:
             continue
         made = [part for part in parts(node, model) if part in taken] or [node]
-        site = named.get(node, node.name) if site_of is None else site_of(node)
         how, path, types = _where(node, model)
-        inputs = tuple(value(source) for source in _sources(node, taken))
+        site = named.get(node, node.name) if site_of is None else site_of(node)
+        site = path if how == "parameter" else site
+        inputs = tuple(value(source) for source in _sources(node))
         arguments = [a for a in node.args if not isinstance(a, Node)]
         keywords = {k: a for k, a in node.kwargs.items() if not isinstance(a, Node)}
         writes = inputs[:1] if inputs and writes_in_place(node, model) else ()
@@ -179,7 +178,7 @@ def describe(
     return operations
 
 
-def _sources(node: Node, taken: Mapping[Node, tuple[Node, int]]) -> list[Node]:
+def _sources(node: Node) -> list[Node]:
     """The tensors a node reads, in the order of its arguments, repeated where one is read twice."""
     found: list[Node] = []
     torch.fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)

@@ -50,6 +50,7 @@ from dqa_plugins.quantizer import ActivationQuantizer
 
 from .patterns import Pattern, find_patterns
 
+PLACEMENT = "dqa_placement"  # key in GraphModule.meta where a room keeps a prepared model's Summary
 NO_METHOD = "no method is set for it"
 WRITTEN = "written in place later: quantizing it before would lose the write"
 SCALAR = "0-d"
@@ -104,7 +105,8 @@ class Placement:
 
     Args:
         sites: in order of execution.
-        patterns: the quantized ones, for weights and a host's own annotations.
+        patterns: the quantized ones, for weights and a host's own annotations; operations that only move values and
+            have a method are among them.
         floats: (name, reason) of what stays float.
         unmatched: settings that name nothing in the network.
     """
@@ -113,6 +115,50 @@ class Placement:
     patterns: list[Pattern] = field(default_factory=list)
     floats: list[tuple[str, str]] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+
+    def summary(self) -> Summary:
+        """The same without the graph."""
+        shared = {
+            group: next(s.name for s in self.sites if s.group is group) for group in {s.group for s in self.sites}
+        }
+        return Summary(
+            tuple(
+                SiteSummary(
+                    site.name,
+                    site.method,
+                    site.channel_axis,
+                    site.axis_reason,
+                    "" if site.value.producer is None else site.value.producer.op or site.value.producer.how,
+                    tuple(r.site or r.how for r in (site.value.readers if site.readers is None else site.readers)),
+                    shared[site.group],
+                )
+                for site in self.sites
+            ),
+            tuple(self.floats),
+            tuple(self.unmatched),
+        )
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """A site in names: what makes it, what reads it quantized, and the site whose quantizer it has."""
+
+    name: str
+    method: Method
+    channel_axis: int
+    axis_reason: str
+    producer: str
+    readers: tuple[str, ...]
+    quantizer: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A placement in names: sites, (name, reason) of what stays float, settings that name nothing."""
+
+    sites: tuple[SiteSummary, ...]
+    floats: tuple[tuple[str, str], ...]
+    unmatched: tuple[str, ...]
 
 
 def judge(
@@ -149,7 +195,7 @@ def judge(
     require_unique([site.name for site in sites])
     return Placement(
         sites,
-        [p for p in judgement.patterns if judgement.quantizes(p)],
+        [p for p in judgement.patterns if judgement.quantizes(p, moves=True)],
         judgement.floats(),
         [name for name in overrides if not _names_something(name, operations)],
     )
@@ -189,11 +235,12 @@ class _Judgement:
         """Whether a quantizer can be put on a value."""
         return value.single and value.floating and not value.quantized and self.refusal(value) is None
 
-    def quantizes(self, pattern: Pattern) -> bool:
-        """Whether the operations of a pattern are quantized."""
+    def quantizes(self, pattern: Pattern, *, moves: bool = False) -> bool:
+        """Whether the operations of a pattern are quantized; with `moves`, or hand quantized values on."""
         root = pattern.root
         activation = any(value not in self.constants for value in root.outputs)
-        return root.kind in QUANTIZED and activation and self.method_of(root) is not None
+        kinds = root.kind in QUANTIZED or (moves and root.kind == "moves")
+        return kinds and activation and self.method_of(root) is not None
 
     # ------------------------------------------------------------ the rules
 
