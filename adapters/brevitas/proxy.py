@@ -19,12 +19,12 @@ from brevitas.proxy import ActQuantProxyFromInjector
 from brevitas.quant_tensor import IntQuantTensor, QuantTensor
 from torch import Tensor, nn
 
-from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.errors import ChannelMismatch, ExportFailed, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.quantizer import ActivationQuantizer
 
-from .convert import CommonGrid, common_grid, require_common_grid, why_no_common_grid
 from .fields import activation, resolve_method
-from .naming import channel_axis_of, name_from_callers, site_of, started_without_axis
+from .grid import CommonGrid, common_grid, require_common_grid, why_no_common_grid
+from .names import channel_axis_of, name_from_callers, site_of, started_without_axis
 
 
 class _NoStockScale(nn.Module):
@@ -39,6 +39,17 @@ class _NoStockScale(nn.Module):
         self.scaling_impl = ConstScaling(1.0)
         self.int_scaling_impl = nn.Identity()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Called by QuantLSTM(cifg=True), which quantizes a one by the quantizer of its input gate.
+
+        Raises:
+            UnsupportedCombination: always.
+        """
+        raise UnsupportedCombination(
+            "QuantLSTM(cifg=True) needs a stock quantizer at its input gate (input_sigmoid): give it one, or "
+            "cifg=False."
+        )
+
 
 class _Fused(nn.Module):
     """Activation function and quantizer, under the names of Brevitas' FusedActivationQuantProxy.
@@ -46,10 +57,21 @@ class _Fused(nn.Module):
     Not a ScriptModule, so BREVITAS_JIT=1 scripts the stock quantizers and leaves ours in Python.
     """
 
-    def __init__(self, activation_impl: nn.Module) -> None:
+    def __init__(self, activation_impl: nn.Module, proxy: PluginActProxy) -> None:
         super().__init__()
         self.activation_impl = activation_impl
         self.tensor_quant = _NoStockScale()
+        self.__dict__["proxy"] = proxy  # which owns this module: not a submodule of it
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """(value, scale, zero point, bit width), as the cells of QuantRNN and QuantLSTM call it."""
+        y = self.proxy(x)
+        if isinstance(y, QuantTensor):
+            return y.value, y.scale, y.zero_point, y.bit_width
+        quantizer = self.proxy.quantizer
+        if quantizer.calibrated and why_no_common_grid(quantizer.method) is None:
+            return y, *common_grid(quantizer)[:3]
+        return y, None, None, None
 
 
 class PluginActProxy(ActQuantProxyFromInjector):
@@ -63,6 +85,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
     _fresh = False  # no batch seen since calibration_mode was entered
     _pending = False  # calibration_mode was entered and not yet left
     _order: list[ActivationQuantizer] | None = None  # given while the order of execution is found (see `predict`)
+    judged_axis = False  # the quantizer's channel axis is known from the graph (see `place`)
     _handled = 0  # identity of the exception being handled when it was entered
 
     # ------------------------------------------------------------ construction
@@ -73,7 +96,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
         layer = self.tracked_module_list[-1]
         if "quantizer" not in self._modules:
             method = resolve_method(self.quant_injector, layer)
-            self.fused_activation_quant_proxy = _Fused(activation(self.quant_injector))
+            self.fused_activation_quant_proxy = _Fused(activation(self.quant_injector), self)
             self.quantizer = ActivationQuantizer(method)
         if isinstance(layer, QuantNonLinearActLayer) and layer.return_quant_tensor:
             require_common_grid(self.quantizer.method, self._label(layer))
@@ -164,7 +187,16 @@ class PluginActProxy(ActQuantProxyFromInjector):
             if self.quantizer not in self._order:
                 self._order.append(self.quantizer)
             return x
-        return self.quantizer(x)
+        try:
+            return self.quantizer(x)
+        except ChannelMismatch as error:
+            if self.quantizer.calibration.count == 0:
+                raise
+            raise ChannelMismatch(
+                f"{error} Where one activation module stands behind several layers, as in bottleneck ResNets, give "
+                "each a module of its own first: brevitas.graph.standardize.DuplicateSharedStatelessModule()"
+                ".apply(torch.fx.symbolic_trace(model))."
+            ) from error
 
     def _start_over(self) -> None:
         old = self.quantizer
@@ -178,7 +210,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
     def _learn_site(self, axis: int | None) -> None:
         if not self.quantizer.name:
             self.quantizer.name = name_from_callers(self)
-        if axis is not None:
+        if axis is not None and not self.judged_axis:
             self.quantizer.producer_axis = axis
 
     # ------------------------------------------------------------ forward
@@ -262,7 +294,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
         if config.IGNORE_MISSING_KEYS and not any(key.startswith(own) for key in state_dict):
             # a float module's state_dict, loaded by a Brevitas rewriter: keep what is here
             state_dict.update({own + key: value for key, value in self.quantizer.state_dict().items()})
-        if not self.quantizer.name:
+        elif not self.quantizer.name:  # the prefix of a rewriter begins at the layer: no name
             site = site_of(prefix.removesuffix("."))
             self.quantizer.name = "" if site == "input_quant" else site
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -158,9 +158,7 @@ def _run(
     if weights is not None:
         scheme = QuantizationScheme(weights.mode)
         # None is per channel too, except for the vectors of a LayerNorm, where True fails in NNCF 3.4
-        parameters = QuantizationParameters(
-            num_bits=8, mode=scheme, per_channel=None if weights.per_channel else False
-        )
+        parameters = QuantizationParameters(num_bits=8, mode=scheme, per_channel=None if weights.per_channel else False)
     algorithm = ActivationQuantization(
         plan,
         ignored_scope=nncf.IgnoredScope(names=ignored),

@@ -16,7 +16,7 @@ from nncf.torch.function_hook.graph.graph_utils import TensorMeta
 from torch import nn
 
 from dqa_plugins.graph.names import SiteNames
-from dqa_plugins.graph.operations import Operation, Value
+from dqa_plugins.graph.operations import Operation, Value, function_name
 
 from .names import Calls, is_hook
 
@@ -29,7 +29,7 @@ class Tensor:
     """A tensor of an NNCF graph.
 
     Args:
-        node: NNCF's operation that makes it; several where a shared hook makes the same of it for each reader.
+        nodes: NNCF's operation that makes it; several where a shared hook makes the same of it for each reader.
         port: of its output.
         edges: (operation, input port) that read it.
     """
@@ -131,7 +131,7 @@ class _Description:
             kind = type(module).__name__
             return Operation(kind, "module", unit.leaf, (), inputs, self._outputs(unit), site, writes=writes)
         attributes: Any = node.layer_attributes
-        op, around = _name(node), self.calls.enclosing.get(node.node_name, "")
+        op, around = function_name(attributes.func, node.node_type), self.calls.enclosing.get(node.node_name, "")
         keywords = {k: a for k, a in attributes.op_kwargs.items() if not _holds_tensors(a)}
         spelled = op.strip("_")
         in_place = spelled in _IN_PLACE or (op.endswith("_") and not op.endswith("__")) or keywords.get("inplace")
@@ -184,13 +184,6 @@ class _Description:
                 if value not in found or unit.leaf is None:
                     found.append(value)
         return tuple(found)
-
-
-def _name(node: NNCFNode) -> str:
-    """The function's name; of `x.T` NNCF only keeps that an attribute was read."""
-    attributes: Any = node.layer_attributes
-    owner = getattr(attributes.func, "__self__", None)
-    return str(owner.__name__ if node.node_type == "__get__" and owner is not None else node.node_type)
 
 
 def _holds_tensors(argument: Any) -> bool:
