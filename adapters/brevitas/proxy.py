@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from brevitas import config
 from brevitas.core.scaling import ConstScaling
+from brevitas.nn import QuantIdentity
 from brevitas.nn.quant_layer import QuantNonLinearActLayer, QuantWeightBiasInputOutputLayer
 from brevitas.proxy import ActQuantProxyFromInjector
 from brevitas.quant_tensor import IntQuantTensor, QuantTensor
@@ -40,15 +41,26 @@ class _NoStockScale(nn.Module):
         self.int_scaling_impl = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Called by QuantLSTM(cifg=True), which quantizes a one by the quantizer of its input gate.
+        """Called by QuantLSTM(coupled_input_forget_gates=True), which quantizes a one by the quantizer of its input gate.
 
         Raises:
             UnsupportedCombination: always.
         """
         raise UnsupportedCombination(
-            "QuantLSTM(cifg=True) needs a stock quantizer at its input gate (input_sigmoid): give it one, or "
-            "cifg=False."
+            "QuantLSTM(coupled_input_forget_gates=True) needs a stock sigmoid_quant: give it one, or leave the gates "
+            "uncoupled."
         )
+
+
+class _NoScale:
+    """The scale of a quantizer without an integer grid: a typed error once Brevitas makes a QuantTensor with it."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __float__(self) -> float:
+        require_common_grid(self.quantizer.method, self.quantizer.label)
+        return float("nan")
 
 
 class _Fused(nn.Module):
@@ -63,15 +75,17 @@ class _Fused(nn.Module):
         self.tensor_quant = _NoStockScale()
         self.__dict__["proxy"] = proxy  # which owns this module: not a submodule of it
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
         """(value, scale, zero point, bit width), as the cells of QuantRNN and QuantLSTM call it."""
         y = self.proxy(x)
         if isinstance(y, QuantTensor):
             return y.value, y.scale, y.zero_point, y.bit_width
         quantizer = self.proxy.quantizer
-        if quantizer.calibrated and why_no_common_grid(quantizer.method) is None:
+        if quantizer.state != "frozen":
+            return y, None, None, None
+        if why_no_common_grid(quantizer.method) is None:
             return y, *common_grid(quantizer)[:3]
-        return y, None, None, None
+        return y, _NoScale(quantizer), None, None
 
 
 class PluginActProxy(ActQuantProxyFromInjector):
@@ -252,6 +266,8 @@ class PluginActProxy(ActQuantProxyFromInjector):
         method = self.quantizer.method
         for layer in self.tracked_module_list:
             required = layer.return_quant_tensor
+            if type(layer) is QuantIdentity and why_no_common_grid(method) is None:
+                return True  # recurrent layers call the proxy of one for the scale of their bias; others unpack it
             if isinstance(layer, QuantWeightBiasInputOutputLayer) and layer.input_quant is self:
                 # the scale of its bias and of its output follow from that of its input
                 bias = layer.bias is not None and layer.bias_quant.is_quant_enabled

@@ -10,27 +10,33 @@ import torch
 from brevitas.graph.quantize import LAYERWISE_COMPUTE_LAYER_MAP, layerwise_quantize
 from torch import Tensor, nn
 
-from dqa_plugins import DQA, Direct, iter_quantizers
-from dqa_plugins.adapters.brevitas import DirectAct, DQAAct, get_act_quant, substitute_layers
+from dqa_plugins import DQA, Direct, Method, iter_quantizers
+from dqa_plugins.adapters.brevitas import DirectAct, get_act_quant, substitute_layers
 from dqa_plugins.errors import ChannelMismatch, UnsupportedCombination
 from tests.adapters.brevitas.nets import calibrate, data, names
 
-ACTS = "sigmoid_acc_quant tanh_acc_quant io_quant gate_acc_quant sigmoid_quant tanh_quant cell_state_quant".split()
+ACTS = {
+    qnn.QuantRNN: ("io_quant", "gate_acc_quant"),
+    qnn.QuantLSTM: ("io_quant", "gate_acc_quant", "sigmoid_quant", "tanh_quant", "cell_state_quant"),
+}
 
 
-@pytest.mark.parametrize("act", [DirectAct, DQAAct, get_act_quant(Direct(bits=8, qparams="dynamic"))], ids=str)
+@pytest.mark.parametrize("method", [Direct(bits=8), DQA(bits=8, channel_axis=-1), Direct(bits=8, qparams="dynamic")], ids=str)
 @pytest.mark.parametrize("kind", [qnn.QuantLSTM, qnn.QuantRNN])
-def test_recurrent_layers(kind: type[nn.Module], act: object) -> None:
-    """Every quantizer of a cell is called through `fused_activation_quant_proxy`, not through its proxy."""
+def test_recurrent_layers(kind: type[nn.Module], method: Method) -> None:
+    """Every quantizer of a cell is called through `fused_activation_quant_proxy`, not through its proxy.
+
+    That of io_quant sees inputs and hidden states: DQA needs as many of the one as of the other.
+    """
     torch.manual_seed(0)
-    taken = ("io_quant", "gate_acc_quant") if kind is qnn.QuantRNN else tuple(a for a in ACTS if a != "gate_acc_quant")
-    acts = {name: act for name in taken}
-    model = kind(4, 8, num_layers=2, bias_quant=None, **acts)
-    batches = data(5, 2, 4)
+    bias = {} if method.qparams == "static" else {"bias_quant": None}  # that of Brevitas needs one input scale
+    layers = 2 if method.qparams == "static" else 1
+    model = kind(8, 8, num_layers=layers, **dict.fromkeys(ACTS[kind], get_act_quant(method)), **bias)
+    batches = data(5, 2, 8)
     calibrate(model, batches)
     quantizers = [q for _, q in iter_quantizers(model)]
     assert all(q.state == "frozen" for q in quantizers)
-    assert len(set(names(model))) == len(quantizers) >= 4
+    assert len(set(names(model))) == len(quantizers) >= 2
     with torch.no_grad():
         output = model(batches[0])[0]
         assert output.shape == (5, 2, 8)
@@ -40,9 +46,16 @@ def test_recurrent_layers(kind: type[nn.Module], act: object) -> None:
         changed.remove()
 
 
+def test_several_layers_need_an_integer_grid() -> None:
+    """Brevitas hands QuantTensors from layer to layer."""
+    model = qnn.QuantRNN(4, 8, num_layers=2, io_quant=get_act_quant(Direct(qparams="dynamic")), bias_quant=None)
+    with pytest.raises(UnsupportedCombination, match=r"dynamic and predicted scales"):
+        calibrate(model, data(5, 2, 4))(data(5, 2, 4)[0])
+
+
 def test_a_coupled_input_gate_is_refused() -> None:
-    model = qnn.QuantLSTM(4, 8, cifg=True, sigmoid_quant=DirectAct, bias_quant=None)
-    with pytest.raises(UnsupportedCombination, match="cifg=True"):
+    model = qnn.QuantLSTM(4, 8, coupled_input_forget_gates=True, sigmoid_quant=DirectAct)
+    with pytest.raises(UnsupportedCombination, match="coupled_input_forget_gates"):
         calibrate(model, data(5, 2, 4))
 
 
