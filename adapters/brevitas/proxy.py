@@ -69,6 +69,8 @@ class _Fused(nn.Module):
     Not a ScriptModule, so BREVITAS_JIT=1 scripts the stock quantizers and leaves ours in Python.
     """
 
+    proxy: PluginActProxy
+
     def __init__(self, activation_impl: nn.Module, proxy: PluginActProxy) -> None:
         super().__init__()
         self.activation_impl = activation_impl
