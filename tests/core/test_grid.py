@@ -101,7 +101,7 @@ def test_an_empty_range_gives_its_lower_end() -> None:
     [
         Direct(symmetric=False, qparams="dynamic"),
         DenseSparse(qparams="dynamic"),
-        Direct(qparams="dynamic"),
+        Direct(signed=True, qparams="dynamic"),
         DenseSparse(),
     ],
     **ids,
