@@ -248,7 +248,7 @@ def register_method(kind: M) -> M:
         ends = [torch.stack([torch.as_tensor(grid.low), torch.as_tensor(grid.high)]) for grid in (one, three)]
         if not torch.equal(*ends) or not torch.equal(one.step * 3, three.step):
             raise InvalidMethod(
-                f"{kind.__name__}.grid: with three times the scale its step must be three times as wide, and its codes the "
+                f"{kind.__name__}.grid: with three times the scale its step must be three times as wide, its codes the "
                 "same; give it thresholds (uses_range) where that is not so."
             )
     METHODS[kind.name] = kind
