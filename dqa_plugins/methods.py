@@ -132,6 +132,11 @@ class Method:
         """True where the parameters are two thresholds a <= b rather than one scale."""
         return False
 
+    @property
+    def needs_next_layer(self) -> bool:
+        """True where freezing searches against the next linear layer's weight."""
+        return False
+
     @classmethod
     def paper(cls, bits: int = 4, **fields: Any) -> Method:
         """The DQA paper's setting: signed, one scale per tensor, taken from the tensor at hand.
@@ -236,6 +241,10 @@ class NoisyQuant(Method):
         _integer(self, "clip_steps", 2, 100_000, "steps of the clip search")
         if not self.full_range and self.signed is not True:
             raise InvalidMethod("NoisyQuant(full_range=False) is the authors' signed scale: give signed=True.")
+
+    @property
+    def needs_next_layer(self) -> bool:
+        return self.objective == "output"
 
     @classmethod
     def official(cls, bits: int = 6, **fields: Any) -> NoisyQuant:
