@@ -21,7 +21,7 @@ TRUSTED = 1e-5  # largest deviation of stacked passes, relative to the largest o
 SAFETY = 4.0  # what is decided must be clear by so many deviations
 TEMPORARIES = 3  # bytes per row: the values kept, and what operations need besides
 COMPARED = 32  # samples on which stacked and single passes are compared
-WORKING_SET = 32 * 2**20  # bytes of a pass that still run fast (measured: ResNet-32, 16 to 64 channels)
+WORKING_SET = 16 * 2**20  # bytes of a pass that still run fast (measured: ResNet-32, 16 to 64 channels)
 
 
 @dataclass
