@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from ..consumers import find_consumer
 from ..errors import UncalibratedQuantizer, UnsupportedCombination
+from ..qpp.fit import fit
 from ..quantizer import ActivationQuantizer
 from ..sites import iter_quantizers
 from .errors import RankingError
@@ -100,6 +101,7 @@ class SearchModel:
         self.model = copy.deepcopy(model).requires_grad_(False)
         for module in self.model.modules():
             module.training = False  # .eval() raises on the graphs of torch.export
+        fit(self.model)
         self.sites: list[SearchSite] = []
         for name, quantizer in iter_quantizers(self.model):
             if quantizer.method.has_important_channels:
