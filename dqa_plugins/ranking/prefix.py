@@ -56,7 +56,10 @@ class PrefixEvaluator:
         self._compared = False
 
     def usable(self) -> bool:
-        """Whether every quantizer is called by the graph, in the order of the search."""
+        """Whether every quantizer is called by the graph, in the order of the search, with what it reads as inputs."""
+        for site, calls in zip(self.search.sites, self.calls, strict=True):
+            if site.reads_session and any(len(self.replay.nodes[call].args) < 2 for call in calls):
+                return False  # QPP without edges needs a forward of the whole model
         firsts = [calls[0] for calls in self.calls if calls]
         return len(firsts) == len(self.calls) and all(a < b for a, b in itertools.pairwise(firsts))
 

@@ -49,7 +49,18 @@ class SearchSite:
     def __call__(self, x: Tensor, *predictions: Tensor) -> Tensor:
         if self.replacement is not None:
             return self.replacement(x, *predictions)
-        return self.keep_float(x, self.quantize(x, *predictions), self.left_out) if self.active else x
+        if self.active:
+            return self.keep_float(x, self.quantize(x, *predictions), self.left_out)
+        if not predictions and (self.quantizer.listener is not None or self.quantizer.predictor is not None):
+            with torch.no_grad():  # QPP without edges: the quantizers behind read what this one measures
+                self.quantize(x)
+        return x
+
+    @property
+    def reads_session(self) -> bool:
+        """Whether its qparams are predicted from other tensors of the same forward."""
+        predictor = self.quantizer.predictor
+        return predictor is not None and not predictor.reads_itself(self.quantizer.name)
 
     def quantize(self, x: Tensor, *predictions: Tensor) -> Tensor:
         """The quantizer's own forward: Direct at n bits where channels can be ranked. Not the tensor x itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -110,7 +111,8 @@ def test_error_is_what_an_unranked_quantizer_uses(method: DQA) -> None:
         assert len(table[name].scores) == 6
 
 
-def test_predictions_reach_taylor_and_error() -> None:
+@pytest.mark.parametrize("converted", [True, False])
+def test_predictions_reach_every_strategy(converted: bool) -> None:
     """Where the graph hands a quantizer its predicted qparams, the strategies quantize with those."""
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -123,10 +125,14 @@ def test_predictions_reach_taylor_and_error() -> None:
     with torch.no_grad():
         model(*x)
         batches = [(x, build_net("residual")(*x).argmax(1))]
-    model = convert_fx(model)
-    for strategy in ("taylor", "error"):
-        table = rank_channels(model, batches, strategy, progress=False)
-        assert all(max(layer.scores) > 0 for layer in table)
+    strategies: tuple[Any, ...] = ("taylor", "error", "greedy")
+    found = [
+        rank_channels(convert_fx(copy.deepcopy(model)), batches, strategy, progress=False) for strategy in strategies
+    ]
+    if not converted:
+        prepared = [rank_channels(model, batches, strategy, progress=False) for strategy in strategies]
+        assert [t.layers for t in prepared[::2]] == [t.layers for t in found[::2]]
+    assert all(max(layer.scores) > 0 for table in found for layer in table)
 
 
 def test_error_of_a_frozen_model_needs_batches() -> None:
