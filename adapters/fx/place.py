@@ -203,6 +203,8 @@ def number(model: GraphModule) -> None:
 
 
 def _shapes(model: GraphModule, example_inputs: Any) -> dict[Node, TensorFacts] | None:
+    if not example_inputs and any(node.op == "placeholder" for node in model.graph.nodes):
+        return None  # a standalone module is prepared without (torch 2.13)
     try:
         return record_shapes(model, example_inputs)
     except Exception as error:
