@@ -158,10 +158,8 @@ def test_writes_that_a_copy_would_lose() -> None:
 
 def test_the_next_linear_layer_and_its_geometry() -> None:
     """Through a dropout; of modules and of aten operators alike."""
-    net = nn.Sequential(
-        nn.ReLU(), nn.Dropout(), nn.Conv2d(3, 4, (1, 3), 2, dilation=(1, 2)), nn.Flatten(), nn.Linear(8, 2)
-    )
-    net = net.eval()
+    conv = nn.Conv2d(3, 4, (1, 3), 2, dilation=(1, 2))
+    net = nn.Sequential(nn.ReLU(), nn.Dropout(), conv, nn.ReLU()).eval()
     x = torch.randn(2, 3, 4, 6)
     for graph in (symbolic_trace(net), torch.export.export(net, (x,)).module()):
         assert isinstance(graph, GraphModule)
