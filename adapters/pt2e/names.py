@@ -179,7 +179,7 @@ def name_sites(graph: Graph) -> None:
     for unit in calls:
         if unit.op.startswith("BatchNorm"):
             before = next((of_node[value] for value in unit.sources() if value in of_node), None)
-            if before is not None and before.op.startswith(("Conv", "Linear")):
+            if before is not None and before.op.startswith(("Conv", "Linear")) and len(readers(before.output)) == 1:
                 _mark(before, unit.site)
 
 

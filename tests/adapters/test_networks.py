@@ -152,6 +152,30 @@ def test_a_0d_activation_stays_float(room: str) -> None:
     assert error(room, Zero().eval(), (torch.randn(2, 3, 4, 4),), Direct(bits=8)) < 0.05
 
 
+class Shared(nn.Module):
+    """A convolution that a batch norm and an addition read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(x)
+        return y + self.n(y)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_batch_norm_is_not_folded_into_a_layer_that_others_read(room: str) -> None:
+    """torchao 0.18 folds it: 24% off before any quantizer, and the site of the layer was called like the norm."""
+    torch.manual_seed(0)
+    net, x = Shared().eval(), (torch.randn(2, 3, 4, 4),)
+    net.n.running_mean.normal_()
+    net.n.running_var.uniform_(0.5, 1.5)
+    prepared = prepared_by(room, net, x, Direct(bits=8))
+    assert [site.name for site in prepared.meta[PLACEMENT].sites] == ["input.0", "c", "n", "add.0"]
+    torch.testing.assert_close(prepared(*x), net(*x), rtol=1e-5, atol=1e-5)
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -223,6 +247,14 @@ def test_one_call_with_methods_by_site(room: str) -> None:
     quantized = ROOMS[room].quantize_model(blocks(), {"": DQA(), "1": None}, [torch.randn(3, 4, 5, 5)])
     assert {"0.r", "2"} <= dict(iter_quantizers(quantized)).keys()
     assert "1.c" not in dict(iter_quantizers(quantized))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_one_call_with_a_site_of_a_fused_pattern(room: str) -> None:
+    """FX ignores the name of a ReLU that it fused into the layer before: nothing would be quantized."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    quantized = ROOMS[room].quantize_model(net, {"1": DQA(bits=3)}, [torch.randn(3, 4, 5, 5)])
+    assert {name: q.method for name, q in iter_quantizers(quantized)} == {"1": DQA(bits=3)}
 
 
 class Two(nn.Module):
