@@ -25,7 +25,7 @@ from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
 from dqa_plugins.host.record import record_shapes
 from dqa_plugins.host.skip import resolve_skip
 from dqa_plugins.methods import Method
-from dqa_plugins.qpp.wire import prepare_graph
+from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
 from .names import site_name

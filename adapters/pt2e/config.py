@@ -237,7 +237,7 @@ def _annotate_activations(model: GraphModule, placement: Placement, graph: Descr
 def _spec(model: GraphModule, site: Site, index: int, graph: Described) -> Any:
     """The spec of a quantizer, named after the site that executes first."""
     consumer = None
-    if getattr(site.method, "objective", None) == "output":
+    if site.method.needs_next_layer:
         reading = graph.reading(site)
         layer = next_linear(site.value.key.users if reading is None else reading, model)
         if layer is None:

@@ -24,7 +24,7 @@ from dqa_plugins.errors import FrameworkMismatch
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.host import hooks
 from dqa_plugins.host.hooks import Hook, Host
-from dqa_plugins.qpp.wire import prepare_graph
+from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
 from .host import ANNOTATION, TESTED, torchao

@@ -9,15 +9,11 @@ from torch.fx import GraphModule, Node
 
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.readers import geometry, next_linear, weight_rows
-from dqa_plugins.qpp.wire import wire
+from dqa_plugins.qpp import fit
+from dqa_plugins.qpp.edges import wire
 from dqa_plugins.quantizer import ActivationQuantizer
 
 logger = logging.getLogger(__name__)
-
-
-def needs_reader(quantizer: ActivationQuantizer) -> bool:
-    """True if freezing searches on the error of the next linear layer's output."""
-    return getattr(quantizer.method, "objective", None) == "output"
 
 
 def link_reader(quantizer: ActivationQuantizer, model: GraphModule, node: Node) -> None:
@@ -28,7 +24,7 @@ def link_reader(quantizer: ActivationQuantizer, model: GraphModule, node: Node) 
         model: of the graph.
         node: calls the quantizer, or makes what it reads.
     """
-    if not needs_reader(quantizer) or quantizer.consumer_geometry is not None or quantizer.consumer_missing:
+    if not quantizer.method.needs_next_layer or quantizer.consumer_geometry is not None or quantizer.consumer_missing:
         return
     layer = next_linear(node.users, model)
     if layer is None:
@@ -48,6 +44,8 @@ def convert_site(quantizer: ActivationQuantizer, model: GraphModule, node: Node)
         UncalibratedQuantizer: it saw no data.
         DuplicateSites: another quantizer of the model has its name.
     """
+    if quantizer.predictor is not None and not quantizer.predictor.fitted:
+        fit(model)
     quantizer.freeze(_reader_weight(quantizer, model, node))
     target = f"quantizer_{quantizer.name.replace('.', '_')}"
     while (other := getattr(model, target, quantizer)) is not quantizer:
@@ -61,7 +59,7 @@ def convert_site(quantizer: ActivationQuantizer, model: GraphModule, node: Node)
 
 
 def _reader_weight(quantizer: ActivationQuantizer, model: GraphModule, node: Node) -> Tensor | None:
-    if not needs_reader(quantizer) or quantizer.consumer_missing:
+    if not quantizer.method.needs_next_layer or quantizer.consumer_missing:
         return None
     layer = next_linear(node.users, model)
     return None if layer is None else weight_rows(layer, model)
