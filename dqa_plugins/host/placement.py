@@ -30,7 +30,8 @@ The rules
 - The inputs and the output of a concatenation share one quantizer, where methods are equal, do not look at channels
   that differ, and predict nothing.
 - Other functions (GELU, softmax, exp) stay float; what quantized operations read of them is quantized.
-- Parameters, constants, positions, masks, norm internals, integers and 0-d tensors are left float and are listed.
+- Parameters, constants, positions, masks, logits with a mask, norm internals, integers and 0-d tensors are left float
+  and are listed.
 - A value that is written in place later is not quantized before: the write would be lost.
 - `overrides` name sites: None leaves one float; a method replaces, or adds, one.
 """
@@ -41,7 +42,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dqa_plugins.graph.aliases import written_later
 from dqa_plugins.graph.axes import Axis, channel_axes
-from dqa_plugins.graph.constants import INTERNAL, no_activations, norm_internals
+from dqa_plugins.graph.constants import INTERNAL, LOGITS, masked_logits, no_activations, norm_internals
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import QUANTIZED, Operation, Value
 from dqa_plugins.methods import Method
@@ -114,7 +115,8 @@ class _Judgement:
         self.operations, self.method_of = operations, method_of
         self.patterns = find_patterns(operations)
         self.constants = no_activations(operations)
-        self.internals = norm_internals(operations, self.constants)
+        inside = dict.fromkeys(norm_internals(operations, self.constants), INTERNAL)
+        self.internals = {**dict.fromkeys(masked_logits(operations), LOGITS), **inside}
         self.written = written_later(operations)
         self.axes: dict[Value, Axis] = channel_axes(operations, self.constants)
         self.position = {value: i for i, op in enumerate(operations) for value in op.outputs}
@@ -126,7 +128,7 @@ class _Judgement:
         if value in self.constants:
             return self.constants[value]
         if value.producer is not None and value.producer in self.internals:
-            return INTERNAL
+            return self.internals[value.producer]
         if value.shape == ():
             return SCALAR
         return WRITTEN if value in self.written else None

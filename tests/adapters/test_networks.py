@@ -135,6 +135,26 @@ def test_parameters_and_positions_are_no_sites(room: str) -> None:
     assert {"learned", "positions", "norm1.weight", "norm1.rsqrt.0"} <= dict(summary.floats).keys()
 
 
+class Causal(nn.Module):
+    """Attention scores with a causal mask, as language models add it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1])
+        mask = torch.where(positions[:, None] >= positions[None], 0.0, torch.finfo(torch.float32).min)
+        return torch.softmax(4 * self.q(x) @ x.transpose(1, 2) + mask, -1) @ self.v(x)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_range_of_logits_is_not_that_of_their_mask(room: str) -> None:
+    """Scores were zero beside -3e38: every position got the same attention."""
+    torch.manual_seed(0)
+    assert error(room, Causal().eval(), (torch.randn(3, 6, 8),), Direct(bits=8)) < 0.05
+
+
 class Zero(nn.Module):
     def __init__(self) -> None:
         super().__init__()

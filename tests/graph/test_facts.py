@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dqa_plugins.errors import DuplicateSites
 from dqa_plugins.graph.aliases import written_later
 from dqa_plugins.graph.axes import channel_axes, default_channel_axis
-from dqa_plugins.graph.constants import CONSTANT, INTEGER, MASK, no_activations, norm_internals
+from dqa_plugins.graph.constants import CONSTANT, INTEGER, MASK, masked_logits, no_activations, norm_internals
 from dqa_plugins.graph.names import SiteNames, require_unique
 from dqa_plugins.graph.operations import OPERATIONS, canonical, facts
 from dqa_plugins.graph.readers import geometry, next_linear, weight_rows
@@ -144,6 +144,15 @@ def test_the_inside_of_norms_is_found_and_their_results_are_not_in_it() -> None:
     inside = "norm1.pow.0 norm1.mean.0 norm1.add.0 norm1.rsqrt.0 norm1.mul.0 norm2.sub.0 norm2.mul.0 norm2.div.0"
     assert set(inside.split()) <= found
     assert not found & {"norm1.mul.1", "norm2.add.1", "mul.0", "add.0", "add.1"}
+
+
+def test_additions_in_front_of_a_softmax_are_logits() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return torch.softmax((x * 2 + mask).view(2, 3) + 1 + x, -1) + x
+
+    operations = described(Masked(), (torch.randn(2, 3), torch.randn(2, 3)))
+    assert [op.site for op in operations if op in masked_logits(operations)] == ["add.0", "add.1", "add.2"]
 
 
 def test_a_squeeze_and_a_plain_mean_are_no_norm() -> None:
