@@ -17,7 +17,7 @@ from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method
 from dqa_plugins.storage import allocate_bits, convert_stored, prepare_stored, storage_report, stored_edges
-from dqa_plugins.storage.places import Pack
+from dqa_plugins.storage.model.sites import Pack
 from tests.storage.test_pipeline import Net, Skip
 
 torchao = pytest.importorskip("torchao")

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from dqa_plugins import DQA, ActivationQuantizer
 from dqa_plugins.errors import NonFiniteInput
-from dqa_plugins.storage import CorruptFrame, codec, engine, pack, reference
-from dqa_plugins.storage.histograms import best_table, cluster, entropy_bits
-from dqa_plugins.storage.huffman import canonical_codes, check_lengths, code_lengths
-from dqa_plugins.storage.outliers import decode_positions, encode_positions
-from dqa_plugins.storage.packed import _sections
-from dqa_plugins.storage.tables import NO_ESCAPE, symbol_table
+from dqa_plugins.storage import CorruptFrame, pack
+from dqa_plugins.storage.coder import codec, engine, reference
+from dqa_plugins.storage.coder.histograms import best_table, cluster, entropy_bits, symbol_table
+from dqa_plugins.storage.coder.huffman import code_lengths
+from dqa_plugins.storage.format.data import cut
+from dqa_plugins.storage.format.outliers import decode_positions, encode_positions
+from dqa_plugins.storage.format.tables import NO_ESCAPE, canonical_codes, check_lengths
 from tests.storage.cases import frozen, quantizer_for, tensor
 
 
@@ -74,8 +75,8 @@ def test_kernels_and_reference_write_the_same_bytes(
 ) -> None:
     quantizer, x = case
     packed = pack(x, quantizer, coding)
-    parts = _sections(packed)
-    codes = codec.decode_codes(packed.codebook, parts.layout, parts.streams)
+    parts = cut(packed)
+    codes = codec.decode_stored(packed.codebook, parts.layout, parts.streams)
     lengths, sizes, pieces = reference.encode(parts.layout, codes)
     assert (lengths == parts.streams.lengths).all()
     assert (sizes == parts.streams.sizes).all()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant
 from dqa_plugins.errors import DQAError
 from dqa_plugins.storage import CorruptFrame, NotPackable, PackedActivation, UnsupportedFrame, calibrate_tables, pack
-from dqa_plugins.storage.frame import HEADER
+from dqa_plugins.storage.format.frame import HEADER
 from tests.storage.cases import CODINGS, quantizer_for, tensor
 
 CRC = slice(HEADER.size - 4, HEADER.size)

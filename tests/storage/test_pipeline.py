@@ -24,7 +24,7 @@ from dqa_plugins.storage import (
     storage_report,
     stored_edges,
 )
-from dqa_plugins.storage.places import Pack, StoredSite, Unpack
+from dqa_plugins.storage.model.sites import Pack, StoredSite, Unpack
 
 
 class Block(nn.Module):

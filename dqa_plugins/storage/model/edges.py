@@ -1,4 +1,4 @@
-"""Which values of a model live long: read once, then read again after other layers ran.
+"""Facts about a traced network, and which of its values live long: read once, then again after other layers ran.
 
 Those are the stored activations of the DQA paper: residual shortcuts, U-Net skips. A network's inputs are left alone,
 because the caller holds them anyway.
@@ -6,7 +6,9 @@ because the caller holds them anyway.
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node, Tracer
 
-from ..quantizer import ActivationQuantizer
-from ..sites import ELEMENTWISE, SiteNames, default_channel_axis
-from .errors import TraceFailed
+from ...quantizer import ActivationQuantizer
+from ...sites import ELEMENTWISE, PRESERVING, SiteNames, default_channel_axis
+from ..format.errors import TraceFailed
 
 SITE = "dqa_site"  # key in Node.meta where the adapters keep a node's site name
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)
@@ -28,6 +30,20 @@ _VIEWS = frozenset(
     "view reshape flatten transpose permute getitem squeeze unsqueeze detach narrow select slice expand t contiguous "
     "chunk split unbind movedim Identity Flatten Unflatten".split()
 )
+# The result may share memory with the input: always, or where there is nothing to do (a dropout in eval mode).
+_MAY_ALIAS = _VIEWS | frozenset(
+    "alias as_strided broadcast_to conj data diagonal expand_as H hsplit vsplit dsplit imag mH moveaxis mT positive "
+    "ravel real reshape_as split_with_sizes swapaxes swapdims T tensor_split unflatten unfold unsafe_chunk unsafe_split "
+    "view_as requires_grad_ detach_ to type type_as float double half bfloat16 cpu cuda pin_memory "
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
+    "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout".split()
+)
+_IN_PLACE_OPERATORS = frozenset(f"i{op}" for op in "add sub mul truediv floordiv mod pow matmul and or xor".split())
+# Values of a quantized tensor pass through these as they are, each on the axes where it was.
+_SAME_CODES = frozenset(
+    "max_pool1d max_pool2d max_pool3d MaxPool1d MaxPool2d MaxPool3d Identity clone contiguous detach".split()
+)
+_SIZES = frozenset("size dim ndimension numel".split())
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,17 @@ def trace(model: nn.Module) -> GraphModule:
             f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). Wrap the part that "
             "branches on data with torch.fx.wrap, or export the model and prepare it with the PT2E adapter first."
         ) from error
+
+
+def add_module(model: GraphModule, name: str, module: nn.Module) -> str:
+    """Add a module at the top of a graph; its name, which no other has, whatever '.' became."""
+    wanted = target = name.replace(".", "_")
+    number = 1
+    while hasattr(model, target):
+        number += 1
+        target = f"{wanted}_{number}"
+    model.add_submodule(target, module)
+    return target
 
 
 def operation_name(node: Node, model: GraphModule) -> str:
@@ -161,24 +188,121 @@ def record_shapes(model: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, tup
     return recorder.found
 
 
-def _in_place(node: Node, model: GraphModule) -> bool:
+def _flag_in_place(node: Node, model: GraphModule) -> bool:
+    """Whether an operation is told to work in place."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    if node.kwargs.get("inplace"):
-        return True
+    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+        return False
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # built in
+        given = node.kwargs
+    return given.get("inplace") is True
+
+
+def written(node: Node, model: GraphModule) -> Node | None:
+    """The value that an operation changes in place; None if it changes none."""
+    target: Any = None
     name = operation_name(node, model)
-    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv")
+    if isinstance(node.target, torch._ops.OpOverload):
+        for i, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                target = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+    elif "out" in node.kwargs:
+        target = node.kwargs["out"]
+    elif name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")) or _flag_in_place(node, model):
+        target = node.args[0] if node.args else next(iter(node.all_input_nodes), None)
+    return target if isinstance(target, Node) else None
+
+
+def _shares_memory_with(node: Node, model: GraphModule) -> Node | None:
+    """The input that a node's value may share memory with."""
+    changed = written(node, model)
+    if changed is not None or not node.all_input_nodes:
+        return changed
+    name = str(node.args[1]) if node.target is getattr else operation_name(node, model)
+    schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+    view = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    # a quantizer that observes returns its input
+    return node.all_input_nodes[0] if view or name in _MAY_ALIAS or quantizer_of(node, model) is not None else None
 
 
 def follow_in_place(model: GraphModule) -> None:
     """Let what reads a value after an in-place operation changed it read that operation's result: it is the same."""
     order = {node: i for i, node in enumerate(model.graph.nodes)}
     for node in model.graph.nodes:
-        if node.all_input_nodes and _in_place(node, model):
-            changed = node.all_input_nodes[0]
-            for user in list(changed.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(changed, node)
+        changed = written(node, model)
+        for user in list(changed.users) if changed is not None else ():
+            if order[user] > order[node]:
+                user.replace_input_with(changed, node)
+
+
+def read_sizes_early(model: GraphModule) -> None:
+    """Read the size of a value when it is made: to read it late would keep the value for nothing else."""
+    for node in list(model.graph.nodes):
+        size = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+        if len(node.all_input_nodes) == 1 and (size or (node.op == "call_method" and node.target in _SIZES)):
+            node.all_input_nodes[0].append(node)
+
+
+class Memory:
+    """Which values of a graph may share memory, and where it is written."""
+
+    def __init__(self, model: GraphModule) -> None:
+        self.order = {node: i for i, node in enumerate(model.graph.nodes)}
+        self._first: dict[Node, Node] = {}
+        self._members: dict[Node, list[Node]] = {}
+        self._writers: dict[Node, list[Node]] = {}
+        for node in model.graph.nodes:
+            source = _shares_memory_with(node, model)
+            first = node if source is None else self._first[source]
+            self._first[node] = first
+            self._members.setdefault(first, []).append(node)
+            if written(node, model) is not None:
+                self._writers.setdefault(first, []).append(node)
+
+    def last_write(self, node: Node, reader: Node) -> Node:
+        """The last node before `reader` that changes the value of `node` after it was made; else `node` itself."""
+        between = [w for w in self._writers.get(self._first[node], ()) if node is not w and self._in(node, w, reader)]
+        return between[-1] if between else node
+
+    def _in(self, first: Node, node: Node, last: Node) -> bool:
+        return self.order[first] < self.order[node] < self.order[last]
+
+    def can_read_copy(self, node: Node, reader: Node) -> bool:
+        """Whether `reader` may read a copy of `node`: nothing written through one is read through the other after."""
+        first = self._first[node]
+        copied: set[Node] = set()
+        if self._first[reader] is first:
+            copied.add(reader)
+            for member in self._members[first]:
+                if self.order[member] > self.order[reader] and copied.intersection(member.all_input_nodes):
+                    copied.add(member)
+        rest = set(self._members[first]) - copied
+        for writer in self._writers.get(first, ()):
+            if self.order[writer] < self.order[reader]:
+                continue
+            others = rest if writer in copied else copied
+            if any(self.order[user] > self.order[writer] for other in others for user in other.users):
+                return False
+        return True
+
+
+def quantized_source(node: Node, model: GraphModule) -> tuple[Node | None, bool]:
+    """The quantizer whose codes a value still holds, though other operations moved or selected them since.
+
+    Returns:
+        (its node, or None; whether channels and samples are where they were).
+    """
+    same = True
+    while quantizer_of(node, model) is None:
+        name = operation_name(node, model)
+        if name not in PRESERVING | _SAME_CODES or not node.all_input_nodes:
+            return None, False
+        same = same and name in _SAME_CODES
+        node = node.all_input_nodes[0]
+    return node, same
 
 
 def _passes_on(node: Node, model: GraphModule) -> bool:
@@ -224,18 +348,33 @@ def _siblings(node: Node, reader: Node, model: GraphModule, order: dict[Node, in
     return sum(u not in ancestors for u in before)
 
 
-def late_readers(model: GraphModule, min_lifetime: int) -> dict[Node, list[tuple[Node, int]]]:
-    """For every long-lived value its late readers, each with the number of layers that ran while it waited.
+@dataclass(frozen=True)
+class LateRead:
+    """A late reader of a value.
+
+    Args:
+        reader: the operation.
+        waited: layers that ran while the value waited for it.
+        final: the value's node, or the operation that changed it last in place before.
+    """
+
+    reader: Node
+    waited: int
+    final: Node
+
+
+def late_reads(model: GraphModule, min_lifetime: int, storable: Callable[[Node], bool]) -> dict[Node, list[LateRead]]:
+    """The late reads of every long-lived value.
 
     Late: the value, or what it is a view of, was read before, and since it was made at least `min_lifetime` compute
     layers ran.
     """
-    nodes = list(model.graph.nodes)
-    order = {node: i for i, node in enumerate(nodes)}
+    memory = Memory(model)
+    nodes, order = list(model.graph.nodes), memory.order
     done = [0]
     for node in nodes:
         done.append(done[-1] + computes(node, model))
-    found: dict[Node, list[tuple[Node, int]]] = {}
+    found: dict[Node, list[LateRead]] = {}
     constant: set[Node] = set()  # made from parameters alone: a dequantized weight
     for node in nodes:
         if node.op != "placeholder" and all(source in constant for source in node.all_input_nodes):
@@ -244,13 +383,18 @@ def late_readers(model: GraphModule, min_lifetime: int) -> dict[Node, list[tuple
         root = _root(node, model)
         if node.op in ("placeholder", "get_attr", "output") or root.op in ("placeholder", "get_attr"):
             continue
+        if not storable(node):
+            continue
         first = _first_read(root, model, order)
         late = []
         for user in sorted(node.users, key=order.__getitem__):
-            waited = done[order[user]] - done[order[node] + 1]
+            final = memory.last_write(node, user)
+            waited = done[order[user]] - done[order[final] + 1]
             waited -= _siblings(node, user, model, order) if waited >= min_lifetime else 0
-            if waited >= min_lifetime and first < order[user] and user.op != "output":
-                late.append((user, waited))
+            if waited < min_lifetime or first >= order[user] or user.op == "output":
+                continue
+            if memory.can_read_copy(node, user):
+                late.append(LateRead(user, waited, final))
         if late:
             found[node] = late
     return found
