@@ -241,8 +241,8 @@ def _code_ranges(quantizer: ActivationQuantizer, grid: Grid, channels: int) -> t
     width = torch.tensor([max(1, int(d).bit_length()) for d in (high - low).tolist()])
     if bool((high < low).any() or (width > 2 * MAX_BITS).any() or (low.abs() > MAX_CODE).any()):
         raise NotPackable(
-            f"{quantizer.label}: codes from {int(low.min())} to {int(high.max())}; at most {2 * MAX_BITS} bits each can "
-            "be packed."
+            f"{quantizer.label}: codes from {int(low.min())} to {int(high.max())} of up to {int(width.max())} bits; at "
+            f"most {2 * MAX_BITS} can be packed."
         )
     return low, width
 

@@ -1,4 +1,4 @@
-"""Between rows of a tensor and the data section: quantize and encode, decode and dequantize, in one pass where possible.
+"""Between rows of a tensor and the data section: quantize and encode, decode and dequantize.
 
 CPU tensors go through the numba kernels, others through the torch reference; both give the same bytes.
 """

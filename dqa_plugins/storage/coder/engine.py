@@ -33,14 +33,20 @@ _pool: ThreadPoolExecutor | None = None
 _threads: int | None = None
 
 
-def _forget_pool() -> None:
-    """A forked child inherits the pool, and perhaps a held lock, but none of the threads that would serve them."""
+def _after_fork() -> None:
+    """A forked child inherits the pool, and perhaps a held lock, but none of the threads that would serve them.
+
+    Neither those of torch: with GNU OpenMP (torch 2.13 on Linux) its first large operation would wait for them forever.
+    So it gets one thread there, as torch's DataLoader does for its workers.
+    """
     global _pool, _lock
+    if _pool is not None:
+        torch.set_num_threads(1)
     _pool, _lock = None, Lock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def set_threads(count: int | None) -> None:

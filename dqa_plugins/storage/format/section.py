@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .codebook import KINDS, PARAMETERS, Codebook
 from .errors import CorruptFrame

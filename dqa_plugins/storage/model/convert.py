@@ -159,9 +159,8 @@ def _site_arguments(
         return (node if how is None else subsampled(node, how, node),)
     source = origin.all_input_nodes[0]
     quantized = node if how is None else subsampled(node, how, node)
-    if origin is not node:
-        value = quantized
-    else:
+    value = quantized
+    if origin is node:  # what the adapter's quantizer was given
         value = source if how is None else subsampled(source, how, quantized)
     other = how is not None or origin is not node
     return (value, quantized, source) if other and quantizer.method.source == "dynamic" else (value, quantized)

@@ -7,6 +7,7 @@ because the caller holds them anyway.
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node, Tracer
+from torch.fx import GraphModule, Interpreter, Node, Proxy, Tracer
 
 from ...quantizer import ActivationQuantizer
 from ...sites import ELEMENTWISE, PRESERVING, SiteNames, default_channel_axis
@@ -33,8 +34,8 @@ _VIEWS = frozenset(
 # The result may share memory with the input: always, or where there is nothing to do (a dropout in eval mode).
 _MAY_ALIAS = _VIEWS | frozenset(
     "alias as_strided broadcast_to conj data diagonal expand_as H hsplit vsplit dsplit imag mH moveaxis mT positive "
-    "ravel real reshape_as split_with_sizes swapaxes swapdims T tensor_split unflatten unfold unsafe_chunk unsafe_split "
-    "view_as requires_grad_ detach_ to type type_as float double half bfloat16 cpu cuda pin_memory "
+    "ravel real reshape_as split_with_sizes swapaxes swapdims T tensor_split unflatten unfold unsafe_chunk "
+    "unsafe_split view_as requires_grad_ detach_ to type type_as float double half bfloat16 cpu cuda pin_memory "
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
     "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout".split()
 )
@@ -72,8 +73,26 @@ class Edge:
         return count
 
 
+class _InPlaceProxy(Proxy):
+    """Records `x += y` as what it is: torch.fx would make a new tensor, which other names of x do not see."""
+
+
+def _record_in_place(name: str) -> Callable[[Proxy, Any], Any]:
+    def operation(self: Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return operation
+
+
+for _name in sorted(_IN_PLACE_OPERATORS):
+    setattr(_InPlaceProxy, f"__{_name}__", _record_in_place(_name))
+
+
 class _QuantizerTracer(Tracer):
-    """Keeps quantizers, and modules that hold one, as single nodes."""
+    """Keeps quantizers, and modules that hold one, as single nodes; in-place operators work in place."""
+
+    def proxy(self, node: Node) -> Proxy:
+        return _InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, ActivationQuantizer) or isinstance(getattr(m, "quantizer", None), ActivationQuantizer)
