@@ -6,14 +6,15 @@ The core: methods, the quantizer and the maths. Framework adapters live in `dqa_
 
 from typing import TYPE_CHECKING, Any
 
-from . import functional
+from . import functional, qpp
 from ._version import __version__
 from .errors import DQAError, DQAWarning
-from .methods import DQA, DenseSparse, Direct, Method, NoisyQuant, method_from_dict, method_to_dict
+from .method import Method
+from .methods import DQA, DenseSparse, Direct, NoisyQuant, method_from_dict, method_to_dict, register_method
+from .prediction import QPP
 from .quantizer import ActivationQuantizer
 from .ranking import RankTable, rank_channels
 from .sites import iter_quantizers
-from .sources import QPP
 
 if TYPE_CHECKING:
     from .storage import allocate_bits
@@ -35,7 +36,9 @@ __all__ = [
     "iter_quantizers",
     "method_from_dict",
     "method_to_dict",
+    "qpp",
     "rank_channels",
+    "register_method",
 ]
 
 

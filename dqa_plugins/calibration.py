@@ -16,32 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .methods import Method
-from .statistics import statistic
+from .method import Method
+from .ranges import grouped
+from .state import StateModule
 
 KEPT_SAMPLES = 64
 KEPT_VALUES = 2**18
 QAT_AVERAGING = 0.01  # torch.ao's averaging_constant
-
-
-class StateModule(nn.Module):
-    """A module whose buffers change shape with calibration and keep their dtype through `.half()` and `.to(dtype)`."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, buffer in self._buffers.items():
-            loaded = state_dict.get(prefix + name)
-            if isinstance(loaded, Tensor) and buffer is not None and name not in self._non_persistent_buffers_set:
-                self._buffers[name] = torch.empty_like(loaded, device=buffer.device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> StateModule:
-        dtypes = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, before in dtypes.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
 
 
 class CalibrationRecord(StateModule):
@@ -93,17 +74,16 @@ class CalibrationRecord(StateModule):
         return bool(self.minimum < 0)
 
     @torch.no_grad()
-    def observe(self, x: Tensor, rows: Tensor, method: Method, channel_axis: int, *, moving: bool = False) -> None:
+    def observe(self, x: Tensor, values: Tensor, rows: Tensor, method: Method, *, moving: bool = False) -> None:
         """Record a batch.
 
         Args:
             x: (B, ...) finite, floating point, B >= 1.
+            values: (B, S, G), the statistic of x (`ranges.statistic`).
             rows: (B, D, L) what to keep columns of: the channels of x at its L positions.
-            method: whose statistics.
-            channel_axis: resolved.
+            method: whose statistic.
             moving: also update the moving average (QAT).
         """
-        values = statistic(x, method, channel_axis)
         top = values.amax(0) if method.reduction == "max" else values.mean(0)
         if self.count == 0:
             self.maximum, self.total = values.amax(0), values.double().sum(0)
@@ -168,3 +148,17 @@ class CalibrationRecord(StateModule):
         self.kept_statistic = torch.cat([self.kept_statistic, other.kept_statistic[: max(room, 0)]])
         added = len(self.kept_statistic) - kept
         self.counts = self.counts + torch.tensor([other.count, added], device=self.counts.device)
+
+
+def rows_to_keep(x: Tensor, by_channel: bool, channel_axis: int, geometry: tuple[Any, ...] | None) -> Tensor:
+    """x, (B, ...), as (B, D, L): what the record keeps columns of.
+
+    Args:
+        by_channel: a row is a channel; else all values are one row.
+        geometry: (kernel, dilation, stride) of the next convolution, whose output a search is for: rows are its inputs.
+    """
+    if geometry and x.ndim == 4:
+        kernel, dilation, stride = geometry
+        if all(n > d * (k - 1) for n, d, k in zip(x.shape[2:], dilation, kernel, strict=True)):
+            return nn.functional.unfold(grouped(x, "tensor", 1).view_as(x), kernel, dilation, 0, stride)
+    return grouped(x, "channel" if by_channel else "tensor", channel_axis)

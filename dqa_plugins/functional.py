@@ -18,13 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grid import (
+from .rounding import (
     along_channels,
     bound,
-    cast,
     code_range,
     compute_dtype,
-    grid_fake_quantize,
+    narrow,
     nonzero,
     power_of_two,
     prepare,
@@ -81,8 +80,16 @@ def direct_fake_quantize(x: Tensor, scale: Tensor, bits: int, *, signed: bool = 
     """direct_dequantize(direct_quantize(x)), in the dtype of x, differentiable. Symmetric; see `affine_*` for a, b."""
     if not clamp:
         y, scale = prepare(x, scale)
-        return (torch.round(y / nonzero(scale)) * scale).to(x.dtype)
-    return grid_fake_quantize(x, scale, *code_range(bits, signed))
+        return narrow(torch.round(y / nonzero(scale)) * scale, x.dtype)
+    return _uniform(x, scale, *code_range(bits, signed))
+
+
+def _uniform(x: Tensor, step: Tensor, low: Tensor | int, high: Tensor | int, bias: Tensor | float = 0.0) -> Tensor:
+    """step * clamp(round((x + bias) / step), low, high) - bias: what Direct, DQA and NoisyQuant share."""
+    y, step = prepare(x.detach() if wants_gradient(x) else x, step)
+    rounded = torch.round((y + bias) / nonzero(step))
+    codes = bound(rounded, low, high)
+    return straight_through(x, narrow(codes * step - bias, x.dtype), (rounded, codes))
 
 
 # ---------------------------------------------------------------- asymmetric Direct, and the dense part of D+S
@@ -100,31 +107,26 @@ def affine_qparams(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Ten
     return scale, torch.round(-lower / nonzero(scale))
 
 
-def affine_fake_quantize(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, *, grid: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def affine_fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
     """(clamp(round(x / s) + z, 0, 2^n - 1) - z) * s: Direct with `symmetric=False`, values outside [a, b] clamped.
 
     Args:
         x: any shape, floating point.
         lower, upper: a <= b, broadcast against x, unit of x. Where a == b the result is a.
-        grid: `affine_qparams(lower, upper)` with every scale positive, if the caller has it already.
     """
-    detached = x.detach() if wants_gradient(x) else x
-    y, lower, upper = prepare(detached, lower, upper)
-    rounded, codes, dense = _affine(y, lower, upper, bits, grid)
-    return straight_through(x, cast(dense, x.dtype), (rounded, codes))
+    y, lower, upper = prepare(x.detach() if wants_gradient(x) else x, lower, upper)
+    rounded, codes, dense = _affine(y, lower, upper, bits)
+    return straight_through(x, narrow(dense, x.dtype), (rounded, codes))
 
 
-def _affine(
-    y: Tensor, lower: Tensor, upper: Tensor, bits: int, grid: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _affine(y: Tensor, lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes before and after the clamp, and the value of the clamped ones; a where the range is empty."""
-    scale, zero_point = affine_qparams(lower, upper, bits) if grid is None else grid
-    rounded = torch.round(y / (nonzero(scale) if grid is None else scale)) + zero_point
+    scale, zero_point = affine_qparams(lower, upper, bits)
+    rounded = torch.round(y / nonzero(scale)) + zero_point
     codes = rounded.clamp(0, 2**bits - 1)
     dense = (codes - zero_point) * scale
-    return rounded, codes, torch.where(scale > 0, dense, lower) if grid is None else dense
+    # NaN, and an infinite range, stay NaN
+    return rounded, codes, torch.where(scale == 0, lower + 0 * y, dense)
 
 
 # ---------------------------------------------------------------- DQA
@@ -214,7 +216,7 @@ def dqa_fake_quantize(
     """dqa_dequantize(dqa_quantize(x)): a per-channel step and a per-channel clip range. Differentiable."""
     extra = along_channels(extra_bits.to(x.device), x, channel_axis)
     scale = torch.as_tensor(scale, dtype=compute_dtype(x.dtype), device=x.device)
-    return grid_fake_quantize(x, *dqa_grid(scale, extra, bits, signed=signed))
+    return _uniform(x, *dqa_grid(scale, extra, bits, signed=signed))
 
 
 # ---------------------------------------------------------------- NoisyQuant
@@ -247,7 +249,7 @@ def noisyquant_fake_quantize(
     dtype = compute_dtype(x.dtype)
     scale, noise = (torch.as_tensor(v, dtype=dtype, device=x.device) for v in (scale, noise))
     bias = along_channels(noise, x, channel_axis) * scale
-    return grid_fake_quantize(x, scale, *code_range(bits, signed), bias=bias)
+    return _uniform(x, scale, *code_range(bits, signed), bias)
 
 
 def noisyquant_fold_bias(weight: Tensor, bias: Tensor | None, noise: Tensor) -> Tensor:
@@ -302,18 +304,16 @@ def dense_sparse_dequantize(
     return dense.masked_scatter(outliers, values)
 
 
-def dense_sparse_fake_quantize(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, *, grid: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def dense_sparse_fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
     """Eq. 11 with a clamp: quantized inside [a, b]; x itself, bit for bit, strictly outside. Gradient one everywhere.
 
     Where b <= a, values equal to a give a and all else is an outlier: x itself.
 
     Args:
-        x, lower, upper, bits, grid: as `affine_fake_quantize`.
+        x, lower, upper, bits: as `affine_fake_quantize`.
     """
     detached = x.detach() if wants_gradient(x) else x
     y, lower, upper = prepare(detached, lower, upper)
-    dense = cast(_affine(y, lower, upper, bits, grid)[2], x.dtype)
+    dense = narrow(_affine(y, lower, upper, bits)[2], x.dtype)
     outside = (y < lower) | (y > upper)
     return straight_through(x, torch.where(outside, detached, dense), None)

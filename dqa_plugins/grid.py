@@ -1,144 +1,179 @@
-"""The uniform grid that all methods share: rounding, clamping, zero scales, gradients.
+"""The normal form: once its quantization parameters are known, every method is this one arithmetic.
 
-The pieces under `functional`; its conventions hold here too.
+    q     = clamp(round((x + bias) / step) + zero_point, low, high)
+    x_hat = (q - zero_point) * step - bias,     and x itself strictly outside of keep = (a, b)
+
+Direct: a step. DQA: a step and a code range for each channel. NoisyQuant: a bias. Asymmetric Direct: a zero point.
+Dense+Sparse: a zero point and keep. Whatever computes, exports, packs, searches or checks takes a Grid and asks no
+method for its class.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import ChannelAxisError, ChannelMismatch
-
-# 2^k for k in -16..16 as exact constants: exp2 and pow may be one unit in the last place off on some devices.
-_POWERS = [2.0**k for k in range(-16, 17)]
+from .rounding import bound, cast, compute_dtype, narrow, nonzero, straight_through, wants_gradient
 
 
-def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """2^exponent, exactly. exponent: integers in [-16, 16], any shape."""
-    return torch.tensor(_POWERS, dtype=dtype, device=exponent.device)[exponent.long() + 16]
+class QParams(NamedTuple):
+    """Quantization parameters of one tensor: a scale, or two thresholds a <= b. The unused fields are None."""
+
+    scale: Tensor | None
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> QParams:
+        """Apply a function to each parameter that is there."""
+        return QParams(*(None if p is None else function(p) for p in self))
+
+    @property
+    def thresholds(self) -> tuple[Tensor, Tensor]:
+        """(a, b) of qparams that have them."""
+        if self.lower is None or self.upper is None:
+            raise TypeError("these qparams are a scale")
+        return self.lower, self.upper
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a tensor of this dtype is quantized: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The numbers that fake-quantize a tensor.
 
-
-def code_range(bits: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest n-bit code: [-2^(n-1), 2^(n-1) - 1] signed, [0, 2^n - 1] unsigned."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-
-
-def along_channels(vector: Tensor, x: Tensor, channel_axis: int) -> Tensor:
-    """Lay a (C,) vector along the channel axis of x, so that it broadcasts.
-
-    Raises:
-        ChannelAxisError: x has no such axis, or it is the batch.
-        ChannelMismatch: the vector does not have one entry per channel of x.
-    """
-    axis = channel_axis + x.ndim if channel_axis < 0 else channel_axis
-    if not 0 < axis < x.ndim:
-        raise ChannelAxisError(
-            f"channel axis {channel_axis} does not exist, or is the batch, in a tensor of shape {tuple(x.shape)}."
-        )
-    if vector.shape != (x.shape[axis],):
-        raise ChannelMismatch(
-            f"a per-channel vector of shape {tuple(vector.shape)} does not fit axis {channel_axis} of a tensor of "
-            f"shape {tuple(x.shape)}, which has {x.shape[axis]} channels."
-        )
-    return vector.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-
-
-def nonzero(scale: Tensor) -> Tensor:
-    """The scale as a safe divisor: infinite where it is 0, so that every finite value gets code 0 and value 0."""
-    return torch.where(scale > 0, scale, math.inf)
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype; x itself where it has it: `.to` would leave a node in exported graphs."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def prepare(x: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
-    """x and its parameters in the compute dtype, on the device of x, without gradient."""
-    dtype = compute_dtype(x.dtype)
-    moved = []
-    for p in parameters:
-        if not isinstance(p, Tensor) or p.dtype != dtype or p.device != x.device:
-            p = torch.as_tensor(p, dtype=dtype, device=x.device)
-        moved.append(p.detach() if p.requires_grad else p)
-    return (cast(x, dtype), *moved)
-
-
-def bound(values: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """values clamped to [low, high], integers or tensors that broadcast."""
-    if isinstance(low, int) and isinstance(high, int):
-        return torch.clamp(values, low, high)
-    # ONNX Clip takes scalar bounds only: Max, then Min
-    low, high = (v if isinstance(v, Tensor) else torch.tensor(v) for v in (low, high))
-    return torch.minimum(torch.maximum(values, low), high)
-
-
-def wants_gradient(x: Tensor) -> bool:
-    """True if a backward pass may reach x."""
-    # while exporting there is no backward pass, and the graph must stay plain aten
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return x.requires_grad and torch.is_grad_enabled() and not exporting
-
-
-def straight_through(x: Tensor, x_hat: Tensor, codes: tuple[Tensor, Tensor] | None) -> Tensor:
-    """x_hat, with the gradient of x where clamping left the code alone (codes None: everywhere)."""
-    if not wants_gradient(x):
-        return x_hat
-    inside = None if codes is None else codes[0] == codes[1]
-    return StraightThrough.apply(x, x_hat, inside)
-
-
-class StraightThrough(torch.autograd.Function):
-    """Returns `value` in the forward pass; its gradient goes to x where `inside`, and is zero elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
-        if inside is not None:
-            ctx.save_for_backward(inside)
-        if value is x:
-            return value.clone()
-        # fresh and ours: an input returned as it is would be a view, which no in-place operation behind may touch
-        ctx.mark_dirty(value)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (grad,) = grads
-        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None
-
-
-def grid_fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    low: Tensor | int,
-    high: Tensor | int,
-    *,
-    bias: Tensor | None = None,
-    divisor: Tensor | None = None,
-) -> Tensor:
-    """scale * clamp(round((x + bias) / scale), low, high) - bias: the step that Direct, DQA and NoisyQuant share.
+    Every tensor is in the compute dtype of x (float32; float64 for float64) and broadcasts against x: () for a whole
+    tensor, (B, 1, ...) per sample, (1, C, 1, ...) per channel, (B, C, 1, ...) for both.
 
     Args:
-        x: any shape, floating point.
-        scale: broadcasts against x, unit of x.
-        low, high: smallest and largest code, integers or float tensors which broadcast against x.
-        bias: added before and removed after, unit of x (NoisyQuant).
-        divisor: `nonzero(scale)`, if the caller has it already.
+        step: width of a step, unit of x, >= 0. Where it is 0 every value becomes -bias.
+        low, high: smallest and largest code, integers or float tensors with integer values.
+        zero_point: the code of zero, float with integer values; None: 0.
+        bias: added before and removed after, unit of x; None: 0.
+        keep: (a, b), unit of x: values strictly outside stay as they are, bit for bit. None: none do.
+        exact_zero: the zero point before it was rounded (another backend may round it the other way at a tie).
+        divisor: the step, infinite where it is 0, if it is known already.
     """
-    detached = x.detach() if wants_gradient(x) else x
-    y, scale = prepare(detached, scale)
-    if bias is not None:
-        y = y + bias
-    rounded = torch.round(y / (nonzero(scale) if divisor is None else divisor))
-    codes = bound(rounded, low, high)
-    x_hat = codes * scale if bias is None else codes * scale - bias
-    return straight_through(x, cast(x_hat, x.dtype), (rounded, codes))
+
+    step: Tensor
+    low: Tensor | int
+    high: Tensor | int
+    zero_point: Tensor | None = None
+    bias: Tensor | None = None
+    keep: tuple[Tensor, Tensor] | None = None
+    exact_zero: Tensor | None = None
+    divisor: Tensor | None = None
+
+    @classmethod
+    def affine(cls, lower: Tensor, upper: Tensor, bits: int, *, keep: bool = False) -> Grid:
+        """The grid of a range [a, b] (QPP paper, eq. 12): s = (b - a) / (2^n - 1), z = round(-a / s).
+
+        Args:
+            lower, upper: a and b, unit of x, equal shapes. An empty range, b <= a, gives a for every value.
+            bits: n; codes are unsigned.
+            keep: values strictly outside [a, b] stay in float (eq. 11).
+        """
+        step = torch.clamp(upper - lower, min=0) / (2**bits - 1)
+        exact = -lower / nonzero(step)
+        bias = torch.where(step > 0, torch.zeros_like(lower), -lower)
+        return cls(step, 0, 2**bits - 1, torch.round(exact), bias, (lower, upper) if keep else None, exact)
+
+    # ------------------------------------------------------------ the arithmetic
+
+    def _codes(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of y, in the compute dtype, before and after the clamp."""
+        if self.bias is not None:
+            y = y + self.bias
+        rounded = torch.round(y / (nonzero(self.step) if self.divisor is None else self.divisor))
+        if self.zero_point is not None:
+            rounded = rounded + self.zero_point
+        return rounded, bound(rounded, self.low, self.high)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """(codes - zero_point) * step - bias, in the compute dtype.
+
+        Args:
+            codes: integers or integer values, the shape of x.
+        """
+        codes = cast(codes, self.step.dtype)
+        values = (codes if self.zero_point is None else codes - self.zero_point) * self.step
+        return values if self.bias is None else values - self.bias
+
+    def outside(self, x: Tensor) -> Tensor | None:
+        """bool, the shape of x: strictly outside of keep. None where nothing is kept."""
+        if self.keep is None:
+            return None
+        y = cast(x, self.step.dtype)
+        return (y < self.keep[0]) | (y > self.keep[1])
+
+    def codes(self, x: Tensor) -> Tensor:
+        """int32, the shape of x: the whole code q of every value; 0 where x is kept in float."""
+        codes = self._codes(cast(x, self.step.dtype))[1].to(torch.int32)
+        outside = self.outside(x)
+        return codes if outside is None else codes.masked_fill(outside, 0)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize, in the dtype of x. NaN stays NaN.
+
+        Straight-through gradient inside the code range and zero outside of it; one everywhere where values are kept.
+        """
+        detached = x.detach() if wants_gradient(x) else x
+        rounded, codes = self._codes(cast(detached, self.step.dtype))
+        x_hat = narrow(self.values(codes), x.dtype)
+        outside = self.outside(detached)
+        if outside is not None:
+            return straight_through(x, torch.where(outside, detached, x_hat), None)
+        return straight_through(x, x_hat, (rounded, codes))
+
+    def tie_distance(self, x: Tensor) -> Tensor:
+        """Distance of each value of x to where its result jumps, in steps: a rounding tie, or an end of keep."""
+        step = nonzero(self.step)
+        y = (x if self.bias is None else x + self.bias) / step
+        distance = _to_tie(y)
+        if self.exact_zero is not None:  # on a tie of its own the zero point moves every value
+            distance = torch.minimum(distance, _to_tie(self.exact_zero))
+        if self.keep is not None:
+            ends = torch.minimum((x - self.keep[0]).abs(), (x - self.keep[1]).abs())
+            distance = torch.minimum(distance, ends / step)
+        return distance
+
+    # ------------------------------------------------------------ other forms of the same numbers
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Grid:
+        """The grid with a function applied to each of its tensors (to lay them out, to move them)."""
+
+        def mapped(value: object) -> object:
+            if isinstance(value, tuple):
+                return tuple(function(v) for v in value)
+            return function(value) if isinstance(value, Tensor) else value
+
+        return Grid(**{f.name: mapped(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+
+    def width(self) -> int:
+        """Bits of the widest code."""
+        codes = torch.as_tensor(self.high).max() - torch.as_tensor(self.low).min()
+        return int(codes).bit_length()
+
+    def bits(self) -> float:
+        """Bits of a fixed-length code, mean over the channels."""
+        return float(torch.log2(torch.as_tensor(self.high - self.low, dtype=torch.float64) + 1).mean())
+
+    def scaled(self, scale: Tensor) -> Grid:
+        """The grid of another scale, where this one is that of scale 1 and has no range."""
+        bias = None if self.bias is None else self.bias * scale
+        return Grid(self.step * scale, self.low, self.high, self.zero_point, bias)
+
+    def to(self, x: Tensor) -> Grid:
+        """In the compute dtype of x, on its device, without gradient."""
+        dtype = compute_dtype(x.dtype)
+        return self.map(lambda p: p.detach().to(x.device, dtype))
+
+    def constants(self) -> Grid:
+        """Ready to be written down: the divisor is known, and a bias that is zero everywhere is left out."""
+        bias = self.bias if self.bias is not None and bool((self.bias != 0).any()) else None
+        return replace(self, bias=bias, divisor=nonzero(self.step))
+
+
+def _to_tie(y: Tensor) -> Tensor:
+    return (y - y.floor() - 0.5).abs()

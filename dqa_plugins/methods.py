@@ -1,148 +1,30 @@
-"""The methods: how a tensor becomes codes once its quantization parameters are known.
+"""The methods: Direct, DQA, NoisyQuant and Dense+Sparse, and those that users register.
 
-Plain frozen dataclasses, keyword-only and validated on construction: they hold no state, know no framework and
-can be compared, hashed, printed and written to JSON (`method_to_dict`, `method_from_dict`).
+Each is a set of fields, a statistic, a search and a Grid (see `method`). They hold no state, know no framework and can
+be compared, hashed, printed and written to JSON (`method_to_dict`, `method_from_dict`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
 
 from .errors import InvalidMethod, NotAMethod
-from .sources import QPP, check_source
+from .grid import Grid, QParams
+from .method import Extent, Method, check_choice, check_integer, check_number
+from .prediction import QPP
+from .rounding import power_of_two
+from .search import Kept, channel_errors, draw_noise, most_important, search_noise
 
-MIN_BITS, MAX_BITS = 2, 8
+if TYPE_CHECKING:
+    from typing import Self
 
-
-def _choice(method: Method, field: str, allowed: tuple[Any, ...]) -> None:
-    value = getattr(method, field)
-    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-        raise InvalidMethod(
-            f"{type(method).__name__}({field}={value!r}): {field} must be one of {', '.join(map(repr, allowed))}."
-        )
-
-
-def _number(method: Method, field: str, low: float, high: float, *, open_ends: bool = False) -> None:
-    value = getattr(method, field)
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if good:
-        good = low < value < high if open_ends else low <= value <= high
-    if not good:
-        ends = f"({low}, {high})" if open_ends else f"[{low}, {high}]"
-        raise InvalidMethod(f"{type(method).__name__}({field}={value!r}): {field} must be a number in {ends}.")
-
-
-def _integer(method: Method, field: str, low: int, high: int, why: str) -> None:
-    value = getattr(method, field)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidMethod(
-            f"{type(method).__name__}({field}={value!r}): {field} must be an integer from {low} to {high}: {why}."
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """Fields common to all methods.
-
-    Args:
-        bits: n, the width of one stored code, 2 to 8.
-        signed: codes are two's complement (True) or unsigned (False); None: unsigned where calibration saw no
-            negative value.
-        granularity: "tensor", one scale per tensor (per sample if dynamic); "channel", one per channel.
-        qparams: "static", reduced over calibration; "dynamic", from each sample's own tensor; QPP(...), predicted for
-            each sample.
-        clip: the statistic behind the scale: "max", a quantile in (0, 1), or "mse" (the multiple of the maximum
-            with the least squared error on the kept calibration samples).
-        channel_axis: axis of the channels; None: the last axis behind Linear, LayerNorm, Embedding or matmul,
-            else 1. Axis 0 is the batch.
-        reduce: how static parameters reduce per-sample statistics over calibration, "max" or "mean"; None: "max"
-            (DenseSparse: "mean", eq. 1 of the QPP paper).
-        scope: "sample", dynamic parameters of a sample never depend on its batch; "batch", the literal maximum over
-            the batch of the DQA paper.
-
-    Raises:
-        InvalidMethod: a field has a value that it cannot have.
-    """
-
-    bits: int = 4
-    signed: bool | None = None
-    granularity: str = "tensor"
-    qparams: str | QPP = "static"
-    clip: str | float = "max"
-    channel_axis: int | None = None
-    reduce: str | None = None
-    scope: str = "sample"
-
-    name: ClassVar[str] = "method"
-    has_important_channels: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _integer(
-            self,
-            "bits",
-            MIN_BITS,
-            MAX_BITS,
-            "one bit has no zero and a sign, and codes wider than a byte save nothing over int8 hardware",
-        )
-        _choice(self, "signed", (None, True, False))
-        _choice(self, "granularity", ("tensor", "channel"))
-        if isinstance(self.qparams, dict):  # as JSON has it
-            object.__setattr__(self, "qparams", _predicted(type(self).__name__, self.qparams))
-        check_source(self.qparams, type(self).__name__)
-        _choice(self, "reduce", (None, "max", "mean"))
-        _choice(self, "scope", ("sample", "batch"))
-        if isinstance(self.clip, str):
-            _choice(self, "clip", ("max", "mse"))
-        else:
-            _number(self, "clip", 0.0, 1.0, open_ends=True)
-        if self.channel_axis is not None:
-            _integer(self, "channel_axis", -16, 16, "an axis of the activation")
-            if self.channel_axis == 0:
-                raise InvalidMethod(
-                    f"{type(self).__name__}(channel_axis=0): axis 0 is the batch; give the axis of the channels, "
-                    "or None to take it from the layer before."
-                )
-        if self.scope == "batch" and (self.qparams != "dynamic" or self.clip != "max"):
-            raise InvalidMethod(
-                f"{type(self).__name__}(scope='batch') is the paper's maximum over the batch: it needs "
-                f"qparams='dynamic' and clip='max', not qparams={self.qparams!r}, clip={self.clip!r}."
-            )
-
-    @property
-    def source(self) -> str:
-        """The kind of qparams source: "static", "dynamic" or "predicted"."""
-        return self.qparams if isinstance(self.qparams, str) else "predicted"
-
-    @property
-    def prediction(self) -> QPP:
-        """The QPP of a method whose source is "predicted"."""
-        if not isinstance(self.qparams, QPP):
-            raise TypeError(f"{type(self).__name__}: its qparams are {self.qparams!r}")
-        return self.qparams
-
-    @property
-    def reduction(self) -> str:
-        """The resolved `reduce`: "max" or "mean"."""
-        return self.reduce or "max"
-
-    @property
-    def uses_range(self) -> bool:
-        """True where the parameters are two thresholds a <= b rather than one scale."""
-        return False
-
-    @classmethod
-    def paper(cls, bits: int = 4, **fields: Any) -> Method:
-        """The DQA paper's setting: signed, one scale per tensor, taken from the tensor at hand.
-
-        Ours clamps to n bits and takes the maximum per sample (the paper: no clamp, maximum over the batch).
-        """
-        return cls(**{"bits": bits, "signed": True, "granularity": "tensor", "qparams": "dynamic", **fields})
-
-    def replace(self, **fields: Any) -> Method:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **fields)
+M = TypeVar("M", bound=type[Method])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +41,7 @@ class Direct(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice(self, "symmetric", (True, False))
+        check_choice(self, "symmetric", (True, False))
         if not self.symmetric and self.scope == "batch":
             raise InvalidMethod("Direct(symmetric=False, scope='batch'): the paper's batch scale is symmetric.")
 
@@ -181,20 +63,35 @@ class DQA(Method):
     ratio: float = 0.4
     name: ClassVar[str] = "dqa"
     has_important_channels: ClassVar[bool] = True
+    vectors: ClassVar[tuple[str, ...]] = ("extra_bits",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number(self, "ratio", 0.0, 1.0)
+        check_number(self, "ratio", 0.0, 1.0)
         if self.extra_bits is not None:
-            _integer(self, "extra_bits", 0, self.bits, f"the paper asks for m <= n, and n = bits = {self.bits}")
+            check_integer(self, "extra_bits", 0, self.bits, f"the paper asks for m <= n, and n = bits = {self.bits}")
 
     @property
     def extra(self) -> int:
         """m with the default resolved."""
         return min(3, self.bits) if self.extra_bits is None else self.extra_bits
 
+    def decide(self, kept: Kept) -> dict[str, Tensor]:
+        """Channels with the largest quantization error are important, until a ranking says otherwise."""
+        return {"extra_bits": most_important(channel_errors(kept), self.ratio, self.extra)}
+
+    def grid(self, qparams: QParams, signed: bool, vectors: Mapping[str, Tensor]) -> Grid:
+        """Step delta_n / 2^m and the range of the (n+m)-bit code, channel by channel."""
+        plain = super().grid(qparams, signed, vectors)
+        if "extra_bits" not in vectors:
+            return plain
+        extra, dtype = vectors["extra_bits"], plain.step.dtype
+        width = power_of_two(extra + self.bits - int(signed), dtype)
+        low = -width if signed else torch.zeros_like(width)
+        return Grid(plain.step * power_of_two(-extra, dtype), low, width - 1)
+
     @classmethod
-    def paper(cls, bits: int = 3, **fields: Any) -> Method:
+    def paper(cls, bits: int = 3, **fields: Any) -> Self:
         """The DQA paper's setting (m = 3, at most n; ratio 0.4), with our clamp and per-sample scope."""
         return super().paper(bits, **{"extra_bits": min(3, bits), "ratio": 0.4, **fields})
 
@@ -222,20 +119,45 @@ class NoisyQuant(Method):
     full_range: bool = True
     clip_steps: int = 100
     name: ClassVar[str] = "noisyquant"
+    vectors: ClassVar[tuple[str, ...]] = ("noise",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _integer(self, "seed", 0, 2**63 - 1, "the seed of the noise")
+        check_integer(self, "seed", 0, 2**63 - 1, "the seed of the noise")
         if self.amplitude is not None:
-            _number(self, "amplitude", 0.0, 1e6)
+            check_number(self, "amplitude", 0.0, 1e6)
         if self.mean is not None:
-            _number(self, "mean", -1e6, 1e6)
-        _choice(self, "objective", ("activation", "output"))
-        _choice(self, "noise", ("uniform", "gaussian"))
-        _choice(self, "full_range", (True, False))
-        _integer(self, "clip_steps", 2, 100_000, "steps of the clip search")
+            check_number(self, "mean", -1e6, 1e6)
+        check_choice(self, "objective", ("activation", "output"))
+        check_choice(self, "noise", ("uniform", "gaussian"))
+        check_choice(self, "full_range", (True, False))
+        check_integer(self, "clip_steps", 2, 100_000, "steps of the clip search")
         if not self.full_range and self.signed is not True:
             raise InvalidMethod("NoisyQuant(full_range=False) is the authors' signed scale: give signed=True.")
+
+    def decide(self, kept: Kept) -> dict[str, Tensor]:
+        """The noise of each channel, in units of the scale."""
+        unit = draw_noise(self.seed, kept.site, kept.channels, self.noise)
+        return {"noise": search_noise(kept, unit, self.mean, self.amplitude)}
+
+    def grid(self, qparams: QParams, signed: bool, vectors: Mapping[str, Tensor]) -> Grid:
+        """Direct with the noise N = noise * scale as bias (eq. 4)."""
+        plain = super().grid(qparams, signed, vectors)
+        if "noise" not in vectors:
+            return plain
+        return dataclasses.replace(plain, bias=vectors["noise"].to(plain.step.dtype) * plain.step)
+
+    def steps(self, signed: bool) -> int:
+        """2^(n-1) - 1 in the authors' script."""
+        return super().steps(signed) if self.full_range else int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def needs_next_layer(self) -> bool:
+        return self.objective == "output"
+
+    @property
+    def clip_resolution(self) -> int:
+        return self.clip_steps
 
     @classmethod
     def official(cls, bits: int = 6, **fields: Any) -> NoisyQuant:
@@ -266,7 +188,7 @@ class DenseSparse(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number(self, "density", 0.0, 0.5)
+        check_number(self, "density", 0.0, 0.5)
         if self.clip != "max":
             raise InvalidMethod(
                 f"DenseSparse(clip={self.clip!r}): its thresholds are the quantiles which density names; "
@@ -274,6 +196,20 @@ class DenseSparse(Method):
             )
         if self.scope == "batch":
             raise InvalidMethod("DenseSparse(scope='batch'): its thresholds are per sample; use Direct or DQA.")
+
+    def statistic(self, signed: bool | None) -> tuple[Extent, ...]:
+        """The quantiles that leave `density` outside: half of it on each side, or all of it above."""
+        sides = (Extent("lower", self.density / 2), Extent("upper", 1 - self.density / 2))
+        above = Extent("upper", 1 - self.density)
+        return sides if signed else (above,) if signed is False else (*sides, above)
+
+    def grid(self, qparams: QParams, signed: bool, vectors: Mapping[str, Tensor]) -> Grid:
+        """The range between the thresholds; what lies outside is kept."""
+        return Grid.affine(*qparams.thresholds, self.bits, keep=True)
+
+    @property
+    def target_density(self) -> float:
+        return self.density
 
     @property
     def reduction(self) -> str:
@@ -284,20 +220,39 @@ class DenseSparse(Method):
         return True
 
     @classmethod
-    def paper(cls, bits: int = 4, **fields: Any) -> Method:
+    def paper(cls, bits: int = 4, **fields: Any) -> Self:
         """The QPP paper's dynamic Dense+Sparse: 1% outliers, thresholds from the tensor at hand."""
         return cls(**{"bits": bits, "density": 0.01, "qparams": "dynamic", **fields})
 
 
-def _predicted(method: str, fields: dict[str, Any]) -> QPP:
-    known = {f.name for f in dataclasses.fields(QPP)}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise InvalidMethod(f"{method}: qparams has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-    return QPP(**fields)
-
-
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Direct, DQA, NoisyQuant, DenseSparse)}
+
+
+def register_method(kind: M) -> M:
+    """Put a method of one's own into every adapter, config, export and state_dict; usable as a decorator.
+
+    Args:
+        kind: a frozen dataclass derived from Method, with a `name` of its own and defaults for all fields.
+
+    Raises:
+        NotAMethod: it is no such class.
+        InvalidMethod: the name is taken, or the grid of a scale is not proportional to it.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Method) and "name" in kind.__dict__):
+        raise NotAMethod(f"register_method takes a class derived from Method with a name of its own, got {kind!r}.")
+    if kind.name in METHODS:
+        raise InvalidMethod(f"a method called {kind.name!r} is registered already: {METHODS[kind.name].__name__}.")
+    method = kind()
+    if not method.uses_range:
+        one, two = (method.grid(QParams(torch.tensor(scale)), True, {}) for scale in (1.0, 2.0))
+        ends = [torch.stack([torch.as_tensor(grid.low), torch.as_tensor(grid.high)]) for grid in (one, two)]
+        if not torch.equal(*ends) or not torch.equal(one.step * 2, two.step):
+            raise InvalidMethod(
+                f"{kind.__name__}.grid: with twice the scale its step must be twice as wide, and its codes the same; "
+                "give it thresholds (uses_range) where that is not so."
+            )
+    METHODS[kind.name] = kind
+    return kind
 
 
 def check_method(method: Any, where: str = "") -> Method:

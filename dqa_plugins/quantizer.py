@@ -12,37 +12,33 @@ It joins a method (how a tensor becomes codes), a qparams source (where scale or
 from __future__ import annotations
 
 import itertools
-import json
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import functional as F
-from .calibration import CalibrationRecord, StateModule
-from .decide import decide
+from .calibration import rows_to_keep
 from .errors import (
     ChannelAxisError,
     ChannelMismatch,
+    DQAWarning,
     InvalidMethod,
     NonFiniteInput,
-    StateMismatch,
     UncalibratedQuantizer,
     UnsupportedCombination,
     UnsupportedInput,
 )
-from .grid import compute_dtype
-from .methods import DQA, DenseSparse, Method, NoisyQuant, check_method, method_from_dict, method_to_dict
-from .qparams import QParams, from_extents, lay_out, valid
-from .qpp.bus import Bus
-from .qpp.fit import fit
-from .qpp.predictor import Predictor
-from .statistics import extents, grouped, statistic
+from .method import Method
+from .parameters import QuantizerParameters
+from .ranges import statistic
+from .resolve import kept_values, next_layer_weight, static_qparams
 
 _first_executions = itertools.count()
 
 
-class ActivationQuantizer(StateModule):
+class ActivationQuantizer(QuantizerParameters):
     """Quantizes one activation.
 
     Args:
@@ -51,93 +47,18 @@ class ActivationQuantizer(StateModule):
         producer_axis: channel axis where the method names none (adapters know the layer before).
         index: position in the order of execution; None: set at the first call.
 
-    Buffers once frozen (G = 1 or C; the unused ones are empty):
-        scale: () or (C,), static Direct, DQA and NoisyQuant, unit of x.
-        lower, upper: () or (C,), static thresholds of DenseSparse and asymmetric Direct, unit of x.
-        factor: () or (C,), clip="mse".
-        extra_bits: (C,) int64, DQA's m of each channel.
-        noise: (C,), NoisyQuant, in units of the scale.
-
     Raises:
         NotAMethod: `method` is not one.
     """
 
-    scale: Tensor
-    lower: Tensor
-    upper: Tensor
-    factor: Tensor
-    extra_bits: Tensor
-    noise: Tensor
-    grid_step: Tensor
-    grid_low: Tensor
-    grid_high: Tensor
-
     def __init__(self, method: Method, *, name: str = "", producer_axis: int = 1, index: int | None = None) -> None:
-        super().__init__()
-        self.method = check_method(method, "ActivationQuantizer")
-        self.name = name
-        self.producer_axis = producer_axis
-        self.index = index
-        self.calibration = CalibrationRecord()
-        for buffer in ("scale", "lower", "upper", "factor", "noise"):
-            self.register_buffer(buffer, torch.empty(0))
-        self.register_buffer("extra_bits", torch.empty(0, dtype=torch.int64))
-        for buffer in ("grid_step", "grid_low", "grid_high"):  # derived from extra_bits
-            self.register_buffer(buffer, torch.empty(0), persistent=False)
-        self.register_load_state_dict_post_hook(_derive_after_loading)
-        self._state = "observe"
-        self._axis: int | None = None
-        self._channels: int | None = None
-        self._signed: bool | None = None
-        self.ranked = False  # extra_bits were given, not derived
-        self.searched = 0  # kept samples at the last search (QAT)
-        # objective="output": the geometry of the next linear layer, set by the adapter before calibration:
+        super().__init__(method, name=name, producer_axis=producer_axis, index=index)
+        # where freezing searches against the next linear layer, its geometry, set by the adapter before calibration:
         # () for Linear, (kernel, dilation, stride) for Conv2d; None: unknown.
         self.consumer_geometry: tuple[Any, ...] | None = None
         self.consumer_missing = False
-        self.predictor = Predictor(self.method) if self.method.source == "predicted" else None
-        self.tap: tuple[Bus, tuple[str, ...]] | None = None  # QPP: what reads this tensor's features
-
-    # ------------------------------------------------------------ what it is
-
-    @property
-    def state(self) -> str:
-        """ "observe", "frozen" or "qat"."""
-        return self._state
-
-    @property
-    def calibrated(self) -> bool:
-        """True if it can quantize: it has seen data, or is frozen."""
-        return self._state == "frozen" or self.calibration.count > 0
-
-    @property
-    def signed(self) -> bool:
-        """Whether codes are signed: as the method says, else whether calibration saw a negative value."""
-        if self.method.signed is not None:
-            return self.method.signed
-        return self.calibration.negative if self._signed is None else self._signed
-
-    @property
-    def channel_axis(self) -> int:
-        """The resolved channel axis, possibly negative."""
-        if self._axis is not None:
-            return self._axis
-        return self.producer_axis if self.method.channel_axis is None else self.method.channel_axis
-
-    @property
-    def num_channels(self) -> int | None:
-        """C of the tensors it was calibrated on; None where the method does not look at channels."""
-        return self._channels
-
-    @property
-    def uses_channels(self) -> bool:
-        """True where the method treats channels differently."""
-        return self.method.granularity == "channel" or isinstance(self.method, (DQA, NoisyQuant))
-
-    @property
-    def label(self) -> str:
-        """The site and method, as error messages name them."""
-        return f"'{self.name or 'unnamed quantizer'}' ({type(self.method).__name__}, {self.method.bits} bits)"
+        # called with the name and every tensor before it is quantized (QPP: others read its features)
+        self.listener: Callable[[str, Tensor], None] | None = None
 
     def extra_repr(self) -> str:
         return f"{self.method}, name={self.name!r}, state={self._state!r}"
@@ -157,21 +78,48 @@ class ActivationQuantizer(StateModule):
             return self
         self._require_data("was frozen or converted")
         if self._state == "observe":
-            if self.predictor is not None and self.predictor.bus is not None:
-                fit(self.predictor.bus)
-            decide(self, consumer_weight)
+            self._decide(consumer_weight)
+            self.source.freeze(self)
         self._signed = self.signed
         self._state = "frozen"
         self.calibration.reset()
-        if self.predictor is not None:
-            self.predictor.forget()
         return self
+
+    def _decide(self, consumer_weight: Tensor | None) -> None:
+        """Searches first (again only where samples were kept since), then static qparams."""
+        method, record, signed = self.method, self.calibration, self.signed
+        if method.signed is False and record.negative:
+            warnings.warn(
+                DQAWarning(
+                    f"{self.label}: signed=False, but calibration saw {float(record.minimum):.4g}; negative values "
+                    "become 0. Use signed=None or True unless that is meant."
+                ),
+                stacklevel=4,
+            )
+        kept = int(record.counts[1])
+        if self.searched != kept:
+            searched = method.needs_next_layer and not self.consumer_missing
+            weight = next_layer_weight(consumer_weight, record, self.label) if searched else None
+            channels = self._channels or 0
+            factor, values = kept_values(method, record, signed, channels=channels, site=self.name, weight=weight)
+            if factor is not None:
+                self.factor = factor
+            for name, vector in method.decide(values).items():
+                if not (name == "extra_bits" and self.ranked):
+                    setattr(self, name, vector)
+            self.searched = kept
+        if method.qparams == "static":
+            decided = static_qparams(method, record, signed, self.clip_factor)
+            for name, value in decided._asdict().items():
+                if value is not None:
+                    setattr(self, name, value)
+        self.derive_grid()
 
     def start_qat(self) -> ActivationQuantizer:
         """Enter the qat state (adapters do this from the host's training flow)."""
         if self._state == "frozen":
             raise UnsupportedCombination(f"{self.label} is frozen; prepare the float model for training instead.")
-        if isinstance(self.method, NoisyQuant) and self.method.objective == "output":
+        if self.method.needs_next_layer:
             raise UnsupportedCombination(
                 f"{self.label}: objective='output' searches against fixed weights, which training moves; "
                 "use objective='activation', or give an amplitude."
@@ -183,7 +131,7 @@ class ActivationQuantizer(StateModule):
             )
         self._state = "qat"
         if self.calibration.count:
-            decide(self, None)  # calibrated before: training, or an eval pass, starts from there
+            self._decide(None)  # calibrated before: training, or an eval pass, starts from there
         return self
 
     def set_extra_bits(self, extra_bits: Tensor) -> None:
@@ -197,7 +145,7 @@ class ActivationQuantizer(StateModule):
             ChannelMismatch: not one entry per channel.
             InvalidMethod: an entry is out of range.
         """
-        if not isinstance(self.method, DQA):
+        if not self.method.has_important_channels:
             raise UnsupportedCombination(f"{self.label} has no important channels; use DQA to rank channels.")
         if not isinstance(extra_bits, Tensor) or extra_bits.is_floating_point() or extra_bits.ndim != 1:
             raise InvalidMethod(f"{self.label}: extra bits are a (C,) tensor of integers; got {extra_bits!r}.")
@@ -213,7 +161,8 @@ class ActivationQuantizer(StateModule):
             )
         self.extra_bits = extra_bits.detach().to(self.extra_bits.device, torch.int64).clone()
         self.ranked = True
-        self.derive_grid()
+        if self.calibrated:
+            self.derive_grid()
 
     # ------------------------------------------------------------ forward
 
@@ -236,28 +185,10 @@ class ActivationQuantizer(StateModule):
             if self.training:
                 self._observe(x)
                 if self.calibration.count:
-                    decide(self, None)
+                    self._decide(None)
             else:
                 self._require_data("was run in eval mode")
         return self.fake_quantize(x, prediction)
-
-    def runtime_qparams(self, x: Tensor, prediction: Tensor | None = None) -> QParams:
-        """The qparams that x, (B, ...), is quantized with, shaped to broadcast against it."""
-        axis = self.channel_axis
-        if self.predictor is not None:
-            predicted = (self.predictor.predict(self, x) if prediction is None else prediction).to(
-                compute_dtype(x.dtype)
-            )
-            found = from_extents(self.method, predicted.unbind(1), self.signed, self.clip_factor)
-            return valid(found).map(lambda p: lay_out(p, x, axis, per_sample=True))
-        if self.method.qparams == "dynamic":
-            found_extents = extents(x, self.method, self.signed, axis)
-            if self.method.scope == "batch":
-                found_extents = tuple(e.amax(0, keepdim=True) for e in found_extents)
-            found = from_extents(self.method, found_extents, self.signed, self.clip_factor)
-            return found.map(lambda p: lay_out(p, x, axis, per_sample=True))
-        static = QParams(*(p if p.numel() else None for p in (self.scale, self.lower, self.upper)))
-        return static.map(lambda p: lay_out(p.reshape(-1), x, axis, per_sample=False))
 
     def fake_quantize(self, x: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Quantize and dequantize x, (B, ...), with the decided parameters; in the dtype of x."""
@@ -265,27 +196,11 @@ class ActivationQuantizer(StateModule):
         if not torch.compiler.is_compiling() and x.numel() == 0:
             return x
         self._check_channels(x)
-        if prediction is None:
-            self._offer(x)
-        method, axis = self.method, self.channel_axis
-        scale, lower, upper = self.runtime_qparams(x, prediction)
-        if isinstance(method, DenseSparse):
-            return F.dense_sparse_fake_quantize(x, lower, upper, method.bits)  # type: ignore[arg-type]
-        if scale is None:
-            return F.affine_fake_quantize(x, lower, upper, method.bits)  # type: ignore[arg-type]
-        if isinstance(method, DQA):
-            step, low, high = (F.along_channels(v, x, axis) for v in (self.grid_step, self.grid_low, self.grid_high))
-            return F.grid_fake_quantize(x, scale * step, low, high)
-        if isinstance(method, NoisyQuant):
-            return F.noisyquant_fake_quantize(x, scale, self.noise, method.bits, signed=self.signed, channel_axis=axis)
-        return F.direct_fake_quantize(x, scale, method.bits, signed=self.signed)
+        if prediction is None and self.listener is not None:
+            self.listener(self.name, x)
+        return self.grid(x, prediction).fake_quantize(x)
 
     # ------------------------------------------------------------ calibration
-
-    @property
-    def clip_factor(self) -> Tensor | None:
-        """() or (C,): the multiple of the maximum that clip="mse" chose; None for other clips."""
-        return self.factor if self.factor.numel() else None
 
     def _require_data(self, event: str) -> None:
         if self.calibration.count == 0:
@@ -312,22 +227,15 @@ class ActivationQuantizer(StateModule):
             axis = self._checked_axis(x)
             if self._channels is None:
                 self._channels = x.shape[axis]
-                if isinstance(self.method, DQA) and self.ranked:
+                if self.ranked:
                     self.set_extra_bits(self.extra_bits)
         self._check_channels(x)
-        augmenting = self.tap is not None and self.tap[0].augmenting
-        if self.predictor is not None:
-            self.predictor.start(self, x)
-        self._offer(x)
-        if self.predictor is not None:
-            self.predictor.observe(self, x, statistic(x, self.method, self._axis))
-        if not augmenting:
-            self.calibration.observe(x, self._rows(x), self.method, self._axis, moving=self._state == "qat")
-
-    def _offer(self, x: Tensor) -> None:
-        """Give the features of x to the quantizers that read them, where the graph has no edges for that."""
-        if self.tap is not None and self.tap[1]:
-            self.tap[0].tap(self.name, self.tap[1], x)
+        if self.listener is not None:
+            self.listener(self.name, x)
+        values = statistic(x, self.method, self._axis)
+        if self.source.observe(self, x, values):
+            rows = rows_to_keep(x, self.uses_channels, self._axis, self.consumer_geometry)
+            self.calibration.observe(x, values, rows, self.method, moving=self._state == "qat")
 
     def _check_tensor(self, x: object) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
@@ -350,86 +258,3 @@ class ActivationQuantizer(StateModule):
                 f"{self.label} was calibrated on {self._channels} channels along axis {self.channel_axis}; got a "
                 f"tensor of shape {tuple(x.shape)}. Calibrate again, or give this tensor a quantizer of its own."
             )
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """(B, D, L): what the record keeps columns of."""
-        if self.consumer_geometry and x.ndim == 4:
-            kernel, dilation, stride = self.consumer_geometry
-            if all(n > d * (k - 1) for n, d, k in zip(x.shape[2:], dilation, kernel, strict=True)):
-                return nn.functional.unfold(grouped(x, "tensor", 1).view_as(x), kernel, dilation, 0, stride)
-        return grouped(x, "channel" if self.uses_channels else "tensor", self.channel_axis)
-
-    def derive_grid(self) -> None:
-        """Recompute DQA's grid (step, low, high of each channel) from extra_bits and the sign."""
-        if isinstance(self.method, DQA) and self.extra_bits.numel():
-            one = torch.ones((), device=self.extra_bits.device)
-            self.grid_step, self.grid_low, self.grid_high = F.dqa_grid(
-                one, self.extra_bits, self.method.bits, signed=self.signed
-            )
-
-    # ------------------------------------------------------------ state_dict
-
-    def get_extra_state(self) -> Tensor:
-        """What is not a buffer, as UTF-8 JSON in a uint8 tensor: loads with weights_only and fits safetensors."""
-        state: dict[str, Any] = {
-            "method": method_to_dict(self.method),
-            "state": self._state,
-            "axis": self._axis,
-            "channels": self._channels,
-            "signed": self._signed,
-            "ranked": self.ranked,
-            "searched": self.searched,
-            "index": self.index,
-        }
-        if self.predictor is not None:
-            state["predictor"] = self.predictor.describe()
-        if self.tap is not None:
-            state["tap"] = [self.tap[0].name, list(self.tap[1])]
-        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # before any buffer is touched: a refused state changes nothing
-        if prefix + "_extra_state" in state_dict:
-            self._read_extra_state(state_dict[prefix + "_extra_state"])
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _read_extra_state(self, state: Any) -> dict[str, Any]:
-        try:
-            loaded: dict[str, Any] = json.loads(bytes(state.cpu().numpy()).decode())
-            method = method_from_dict(loaded["method"])
-            for key in ("state", "axis", "channels", "signed", "ranked", "searched", "index"):
-                loaded[key]
-            if self.predictor is not None:
-                loaded["predictor"]["site"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StateMismatch(
-                f"{self.label}: the extra state in the state_dict is damaged or not ours ({type(error).__name__})."
-            ) from error
-        if method != self.method:
-            raise StateMismatch(
-                f"{self.label}: the state_dict holds {method}, this quantizer is {self.method}. Prepare the model "
-                "with the methods it was saved with."
-            )
-        return loaded
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Inverse of `get_extra_state`.
-
-        Raises:
-            StateMismatch: the state belongs to another method, or is damaged.
-        """
-        loaded = self._read_extra_state(state)
-        self._state, self._axis, self._channels = loaded["state"], loaded["axis"], loaded["channels"]
-        self._signed, self.ranked, self.searched = loaded["signed"], loaded["ranked"], loaded["searched"]
-        self.index = loaded["index"] if self.index is None else self.index
-        if self.predictor is not None:
-            self.predictor.restore(loaded["predictor"])
-        if self.tap is None and loaded.get("tap"):
-            name, modes = loaded["tap"]
-            self.tap = (Bus.named(name), tuple(modes))
-
-
-def _derive_after_loading(quantizer: nn.Module, _: Any) -> None:
-    """The grid depends on the sign, which the calibration record knows: that one is loaded last."""
-    if isinstance(quantizer, ActivationQuantizer):
-        quantizer.derive_grid()

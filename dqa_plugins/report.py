@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UncalibratedQuantizer
-from .methods import DQA, DenseSparse
+from .grid import Grid
 from .quantizer import ActivationQuantizer
 from .sites import iter_quantizers
 
@@ -71,24 +71,18 @@ def fixed_length_bits(quantizer: ActivationQuantizer, x: Tensor, prediction: Ten
         x: what it quantizes.
         prediction: its second input, if it got one.
     """
-    method, per_sample = quantizer.method, x[0].numel()
-    bits = float(method.bits)
-    if isinstance(method, DQA):
-        bits += float(quantizer.extra_bits.double().mean())
-    if isinstance(method, DenseSparse):
-        bits += outlier_share(quantizer, x, prediction) * (32 + math.ceil(math.log2(max(per_sample, 2))))
-    if method.qparams != "static":
+    grid, per_sample = quantizer.grid(x, prediction), x[0].numel()
+    bits = grid.bits() + kept_share(grid, x) * (32 + math.ceil(math.log2(max(per_sample, 2))))
+    if quantizer.method.qparams != "static":
         values = sum(p.shape[0] * p[0].numel() for p in quantizer.runtime_qparams(x, prediction) if p is not None)
         bits += 32 * values / x.numel()
     return bits
 
 
-def outlier_share(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None = None) -> float:
-    """Share of the values of x, (B, ...), strictly outside the thresholds of a DenseSparse quantizer."""
-    _, lower, upper = quantizer.runtime_qparams(x, prediction)
-    if lower is None or upper is None:
-        return 0.0
-    return float(((x < lower) | (x > upper)).double().mean())
+def kept_share(grid: Grid, x: Tensor) -> float:
+    """Share of the values of x that a grid keeps in float."""
+    outside = grid.outside(x)
+    return 0.0 if outside is None else float(outside.double().mean())
 
 
 @torch.no_grad()
@@ -118,8 +112,8 @@ def activation_report(model: nn.Module, batches: Iterable[Any]) -> ActivationRep
         entry[2] += fixed_length_bits(quantizer, x, prediction) * x.numel()
         entry[3] += float(x.double().square().sum())
         entry[4] += float((x.double() - y.double()).square().sum())
-        if isinstance(quantizer.method, DenseSparse):
-            densities[quantizer] = densities.get(quantizer, 0.0) + outlier_share(quantizer, x, prediction) * x.numel()
+        outliers = kept_share(quantizer.grid(x, prediction), x) * x.numel()
+        densities[quantizer] = densities.get(quantizer, 0.0) + outliers
 
     densities: dict[ActivationQuantizer, float] = {}
     hooks = [quantizer.register_forward_hook(note) for quantizer in names]

@@ -7,62 +7,87 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .functional import affine_fake_quantize, code_range, grid_fake_quantize
-from .methods import Method, NoisyQuant
-from .qparams import QParams
+from .grid import Grid
 
 AMPLITUDES = torch.arange(2001, dtype=torch.float64) / 1000  # NoisyQuant: 0 to 2 in 1000ths of the scale
 MEANS = torch.arange(-200, 200, dtype=torch.float64) / 200  # the authors' script: 200ths of the scale
 
 
-def quantize_rows(method: Method, rows: Tensor, qparams: QParams, signed: bool) -> Tensor:
-    """Direct fake quantization of kept values at n bits. rows: (D, K); qparams broadcast against it."""
-    if qparams.scale is not None:
-        return grid_fake_quantize(rows, qparams.scale, *code_range(method.bits, signed))
-    if qparams.lower is None or qparams.upper is None:
-        raise TypeError("qparams hold neither a scale nor thresholds")
-    return affine_fake_quantize(rows, qparams.lower, qparams.upper, method.bits)
+@dataclass(frozen=True)
+class Kept:
+    """The calibration values that a search works on.
+
+    Args:
+        rows: (D, K) values; a row is a channel, or a channel and kernel tap of the next convolution.
+        grid: plain quantization of each of them, broadcasts against rows.
+        channels: C.
+        site: the site's name.
+        weight: (O, D) float64, the next linear layer, where its output is what counts.
+    """
+
+    rows: Tensor
+    grid: Grid
+    channels: int
+    site: str
+    weight: Tensor | None = None
+
+    @property
+    def taps(self) -> int:
+        """Rows per channel."""
+        return len(self.rows) // self.channels if self.channels else 1
 
 
-def channel_errors(method: Method, rows: Tensor, qparams: QParams, signed: bool) -> Tensor:
-    """Mean squared error of Direct at n bits, per row. Ranks channels where no ranking was given.
+def channel_errors(kept: Kept) -> Tensor:
+    """Mean squared error of plain quantization, per row. Ranks channels where no ranking was given.
 
     Returns:
         (D,) float64.
     """
-    return (quantize_rows(method, rows, qparams, signed) - rows).double().square().mean(1)
+    return (kept.grid.fake_quantize(kept.rows) - kept.rows).double().square().mean(1)
+
+
+def most_important(importance: Tensor, ratio: float, extra_bits: int) -> Tensor:
+    """m on the round(ratio * C) channels of highest importance, ties to the lower index; 0 elsewhere.
+
+    Args:
+        importance: (C,), higher is more important.
+        ratio: share of the channels, in [0, 1].
+        extra_bits: m.
+
+    Returns:
+        (C,) int64.
+    """
+    order = importance.argsort(descending=True, stable=True)
+    extra = torch.zeros(len(importance), dtype=torch.int64, device=importance.device)
+    extra[order[: round(ratio * len(importance))]] = extra_bits
+    return extra
 
 
 def clip_factor(
-    method: Method,
-    rows: Tensor,
-    qparams_for: Callable[[Tensor], QParams],
-    signed: bool,
-    *,
-    groups: int,
-    weight: Tensor | None = None,
+    rows: Tensor, grid_of: Callable[[Tensor], Grid], steps: int, *, groups: int, weight: Tensor | None = None
 ) -> Tensor:
-    """The multiple of the maximum, in steps of 1/100 (NoisyQuant: clip_steps), with the least squared error.
+    """The multiple of the maximum, in parts of 1 / steps, with the least squared error.
 
     Args:
         rows: (D, K) kept values.
-        qparams_for: factor () -> qparams that broadcast against rows.
+        grid_of: factor () -> the grid that each value would be quantized with.
+        steps: resolution of the search.
         groups: 1, or D for one factor per channel.
         weight: (O, D), the next linear layer: the error is that of its output, and the factor is shared.
 
     Returns:
         (groups,) in the dtype of rows. The larger factor wins a tie.
     """
-    steps = method.clip_steps if isinstance(method, NoisyQuant) else 100
     best_error: Tensor | None = None
     best = torch.ones(groups, dtype=rows.dtype, device=rows.device)
     for step in range(steps, 0, -1):
         factor = torch.tensor(step / steps, dtype=rows.dtype, device=rows.device)
-        difference = (quantize_rows(method, rows, qparams_for(factor), signed) - rows).double()
+        difference = (grid_of(factor).fake_quantize(rows) - rows).double()
         if weight is not None:
             error = output_error(difference, weight).expand(groups)
         else:
@@ -137,52 +162,41 @@ def noise_errors(rows: Tensor, scale: Tensor, shifts: Tensor, low: int, high: in
     return torch.empty_like(errors).scatter_(1, order, errors)
 
 
-def search_noise(
-    method: NoisyQuant,
-    unit: Tensor,
-    rows: Tensor,
-    scale: Tensor,
-    signed: bool,
-    *,
-    taps: int = 1,
-    weight: Tensor | None = None,
-) -> tuple[float, float]:
-    """Mean and amplitude of the noise, in units of the scale, with the least squared error.
+def search_noise(kept: Kept, unit: Tensor, mean: float | None, amplitude: float | None) -> Tensor:
+    """The noise with the least squared error, in units of the scale: unit * amplitude + mean.
 
     Args:
+        kept: with a grid of one scale per value.
         unit: (C,) u.
-        rows: (C * taps, K) kept values.
-        scale: broadcasts to rows.
-        taps: rows per channel (kernel taps of a convolution; 1 otherwise).
-        weight: (O, C * taps), the next linear layer, for objective="output".
+        mean, amplitude: in units of the scale; None: searched, the mean first.
 
     Returns:
-        (mean, amplitude). The first candidate wins a tie: no noise, if nothing beats it.
+        (C,) on the device of the values. The first candidate wins a tie: no noise, if nothing beats it.
     """
-    low, high = code_range(method.bits, signed)
-    unit = unit.to(rows.device).double().repeat_interleave(taps)
+    rows, step, weight = kept.rows, kept.grid.step, kept.weight
+    low, high = int(kept.grid.low), int(kept.grid.high)
+    drawn = unit.to(rows.device).double().repeat_interleave(kept.taps)
 
     def best(candidates: Tensor, shifts: Tensor) -> float:
         if weight is None:
-            errors = noise_errors(rows, scale, shifts, low, high).sum(0)
+            errors = noise_errors(rows, step, shifts, low, high).sum(0)
         else:
-            step = scale.double().expand(rows.shape)
-            safe = torch.where(step > 0, step, 1)
+            width = step.double().expand(rows.shape)
+            safe = torch.where(width > 0, width, 1)
             x = rows.double()
             errors = torch.stack(
                 [
-                    output_error(((x / safe + t[:, None]).round().clamp(low, high) - t[:, None]) * step - x, weight)
+                    output_error(((x / safe + t[:, None]).round().clamp(low, high) - t[:, None]) * width - x, weight)
                     for t in shifts.T
                 ]
             )
         return float(candidates[int(errors.argmin())])
 
-    mean, amplitude = method.mean, method.amplitude
     if mean is None:
         # zero first: it wins a tie
         candidates = torch.cat([MEANS[MEANS == 0], MEANS[MEANS != 0]]).to(rows.device)
         mean = best(candidates, candidates.expand(len(rows), -1))
     if amplitude is None:
         candidates = AMPLITUDES.to(rows.device)
-        amplitude = best(candidates, mean + unit[:, None] * candidates)
-    return mean, amplitude
+        amplitude = best(candidates, mean + drawn[:, None] * candidates)
+    return (unit * amplitude + mean).to(rows.device)

@@ -39,12 +39,10 @@ class DenseSparseAct(ExtendedInjector):
     method = DenseSparse()
 
 
-_BASES: dict[type[Method], Any] = {
-    Direct: DirectAct,
-    DQA: DQAAct,
-    NoisyQuant: NoisyQuantAct,
-    DenseSparse: DenseSparseAct,
-}
+class _PluginAct(ExtendedInjector):
+    """Any registered method."""
+
+    proxy_class = PluginActProxy
 
 
 def get_act_quant(method: Method) -> Any:
@@ -56,4 +54,7 @@ def get_act_quant(method: Method) -> Any:
     Raises:
         NotAMethod: it is none of them.
     """
-    return _BASES[type(check_method(method, "get_act_quant"))].let(method=method)
+    bases: dict[type[Method], Any] = {
+        type(act.method): act for act in (DirectAct, DQAAct, NoisyQuantAct, DenseSparseAct)
+    }
+    return bases.get(type(check_method(method, "get_act_quant")), _PluginAct).let(method=method)

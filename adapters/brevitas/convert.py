@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins import functional as F
 from dqa_plugins.errors import UnsupportedCombination
-from dqa_plugins.methods import DQA, DenseSparse, Direct, Method, NoisyQuant
+from dqa_plugins.grid import QParams
+from dqa_plugins.method import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 
 _SMALLEST_SCALE = 1e-10  # Brevitas' own scaling_min_val: an all-zero site still gets a scale one can divide by
@@ -34,9 +34,12 @@ class CommonGrid(NamedTuple):
 
 def why_no_common_grid(method: Method) -> str | None:
     """The reason why outputs of a method are no IntQuantTensors; None if they are."""
-    if isinstance(method, DenseSparse):
+    one = torch.ones(1)
+    found = QParams(None, -one, one) if method.uses_range else QParams(one)
+    grid = method.grid(found, True, {name: one.long() for name in method.vectors}).constants()
+    if grid.keep is not None:
         return "Dense+Sparse keeps outliers in float, which lie on no integer grid"
-    if isinstance(method, NoisyQuant):
+    if grid.bias is not None:
         return "NoisyQuant subtracts noise of each channel after dequantizing, which leaves no integer grid"
     if method.qparams != "static":
         return "dynamic and predicted scales are one per sample, and Brevitas takes an axis of a scale for the channels"
@@ -66,17 +69,12 @@ def common_grid(quantizer: ActivationQuantizer) -> CommonGrid:
     Raises:
         UnsupportedCombination: there is none.
     """
-    method = quantizer.method
-    require_common_grid(method, quantizer.label)
-    if isinstance(method, Direct) and not method.symmetric:
-        scale, zero_point = F.affine_qparams(quantizer.lower, quantizer.upper, method.bits)
-        return CommonGrid(_positive(scale), zero_point, torch.full_like(scale, method.bits), signed=False)
-    scale = quantizer.scale
-    bit_width = torch.full_like(scale, method.bits)
-    if isinstance(method, DQA):
-        widest = quantizer.extra_bits.max()
-        scale, bit_width = scale * F.power_of_two(-widest, scale.dtype), bit_width + widest
-    return CommonGrid(_positive(scale), torch.zeros_like(scale), bit_width, quantizer.signed)
+    require_common_grid(quantizer.method, quantizer.label)
+    grid = quantizer.static_grid
+    scale = grid.step.min()
+    zero_point = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.reshape(())
+    signed = quantizer.signed and not quantizer.method.uses_range
+    return CommonGrid(_positive(scale), zero_point, torch.full_like(scale, grid.width()), signed)
 
 
 def _positive(scale: Tensor) -> Tensor:

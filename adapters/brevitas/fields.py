@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dqa_plugins.errors import InvalidMethod, UnsupportedCombination
-from dqa_plugins.methods import Method, NoisyQuant, check_method
+from dqa_plugins.methods import Method, check_method
 
 # What Brevitas and our injectors put into an injector beside the user's fields (0.13.4).
 _PLUMBING = frozenset(
@@ -60,7 +60,7 @@ def require_supported(method: Method, where: str) -> Method:
     Raises:
         UnsupportedCombination: NoisyQuant(objective="output").
     """
-    if isinstance(method, NoisyQuant) and method.objective == "output":
+    if method.needs_next_layer:
         raise UnsupportedCombination(
             f"{where}: objective='output' needs the next linear layer, which a Brevitas layer does not know. Use "
             "objective='activation' here, or the FX or PT2E adapter."

@@ -22,20 +22,18 @@ from brevitas.export.onnx.qonnx.function import BrevitasQuantOp
 from brevitas.export.onnx.standard.function import DequantizeLinearOp, IntClipOp, QuantizeLinearOp
 from torch import Tensor
 
-from dqa_plugins import functional as F
-from dqa_plugins.methods import DQA, DenseSparse, NoisyQuant
-from dqa_plugins.qparams import lay_out
 from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.ranges import lay_out
 
 from .convert import common_grid, why_no_common_grid
 from .proxy import PluginActProxy
 
 
 class Codes(NamedTuple):
-    """A static quantizer as integer arithmetic on each channel; G = 1 or C.
+    """A static grid as integer arithmetic on each channel; G = 1 or C.
 
     scale, zero_point, low, high: (G,) float. bits: of the widest channel. signed: of the codes.
-    noise: (C,) N, unit of x, or None.
+    noise: (C,), added before and subtracted after, unit of x, or None. keep: (G,) thresholds beyond which x stays.
     """
 
     scale: Tensor
@@ -45,31 +43,23 @@ class Codes(NamedTuple):
     bits: int
     signed: bool
     noise: Tensor | None
+    keep: tuple[Tensor, ...] | None
 
 
 def codes_of(quantizer: ActivationQuantizer) -> Codes | None:
     """The integer form of a calibrated quantizer; None if it has none (dynamic qparams, a scale of zero)."""
-    method = quantizer.method
-    if method.qparams != "static":
+    if quantizer.method.qparams != "static":
         return None
-    bits, signed = method.bits, quantizer.signed and not method.uses_range
-    device = quantizer.extra_bits.device
-    low, high = (torch.tensor([float(end)], device=device) for end in F.code_range(bits, signed))
-    noise = None
-    if method.uses_range:
-        scale, zero_point = F.affine_qparams(quantizer.lower.reshape(-1), quantizer.upper.reshape(-1), bits)
-    else:
-        scale = quantizer.scale.reshape(-1)
-        zero_point = torch.zeros_like(scale)
-    if isinstance(method, DQA):
-        scale, zero_point = scale * quantizer.grid_step, torch.zeros_like(quantizer.grid_step)
-        low, high, bits = quantizer.grid_low, quantizer.grid_high, bits + int(quantizer.extra_bits.max())
-    if isinstance(method, NoisyQuant):
-        noise = quantizer.noise * scale
-    if not bool((scale > 0).all()):
+    grid = quantizer.static_grid.constants()
+    if not bool((grid.step > 0).all()):
         return None
-    scale, zero_point, low, high = (t.detach().clone() for t in (scale, zero_point, low, high))
-    return Codes(scale, zero_point, low, high, bits, signed, noise)
+    zero_point = torch.zeros_like(grid.step) if grid.zero_point is None else grid.zero_point
+    low, high = (torch.as_tensor(v, dtype=grid.step.dtype, device=grid.step.device) for v in (grid.low, grid.high))
+    step, zero_point, low, high = (t.detach().clone().reshape(-1) for t in (grid.step, zero_point, low, high))
+    signed = quantizer.signed and not quantizer.method.uses_range
+    noise = None if grid.bias is None else grid.bias.detach().clone().reshape(-1)
+    keep = None if grid.keep is None else tuple(t.detach().clone().reshape(-1) for t in grid.keep)
+    return Codes(step, zero_point, low, high, grid.width(), signed, noise, keep)
 
 
 class _Handler:
@@ -103,8 +93,8 @@ class _Handler:
         y = self._arithmetic(y, codes)
         if codes.noise is not None:
             y = y - self._laid(codes.noise, x)
-        if isinstance(self.quantizer.method, DenseSparse):
-            lower, upper = (self._laid(t.reshape(-1), x) for t in (self.quantizer.lower, self.quantizer.upper))
+        if codes.keep is not None:
+            lower, upper = (self._laid(t, x) for t in codes.keep)
             y = torch.where((x < lower) | (x > upper), x, y)
         return y, *self.metadata
 

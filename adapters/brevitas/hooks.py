@@ -88,7 +88,7 @@ def install() -> None:
         if self._dqa_axes is not None:
             self._dqa_axes.__exit__(*error)
         if self._dqa_predicted is not None:
-            self._dqa_predicted.remove()
+            self._dqa_predicted.leave(interrupted=error[0] is not None)
         return leave(self, *error)
 
     setattr(__enter__, MARK, True)

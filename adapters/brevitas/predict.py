@@ -11,63 +11,61 @@ from typing import Any
 import torch
 from torch import nn
 
-from dqa_plugins.qpp.augment import Foreign, Handles, augmented
-from dqa_plugins.qpp.bus import Bus, connect, tap_inputs
+from dqa_plugins.qpp import Forwards, connect, fit, link
+from dqa_plugins.qpp.augment import undisturbed
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .proxy import PluginActProxy
 
 
-def start(model: nn.Module) -> Handles | None:
-    """Called when calibration_mode is entered.
+class PredictedCalibration:
+    """From entering calibration_mode to leaving it, for a model with predicted quantizers.
 
-    Returns:
-        what to remove when it is left; None if nothing in the model is predicted.
+    Args:
+        model: whose calibration_mode was entered.
+        proxies: its activation proxies.
     """
+
+    def __init__(self, model: nn.Module, proxies: list[PluginActProxy]) -> None:
+        self.model, self.proxies = model, proxies
+        self.forwards: Forwards | None = None
+        self._handle = model.register_forward_pre_hook(self._first, with_kwargs=True)
+
+    def _first(self, model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The first forward: find the order of execution, connect, and begin its session."""
+        self._handle.remove()
+        quantizers = _execution_order(model, self.proxies, inputs, kwargs)
+        self.forwards = connect(quantizers, inputs=len(inputs))
+        if self.forwards is not None:  # else what is predicted does not run
+            self.forwards.attach(model)
+            # this call's hooks were collected before
+            self.forwards.start((*inputs, *kwargs.values()))
+
+    def leave(self, *, interrupted: bool) -> None:
+        """Fit the predictions, unless an error cut calibration short; from now on every forward reads them."""
+        self._handle.remove()
+        if self.forwards is not None and not interrupted:
+            fit(self.model)
+            link(self.model)
+
+
+def start(model: nn.Module) -> PredictedCalibration | None:
+    """Called when calibration_mode is entered; None if nothing in the model is predicted."""
     proxies = [module for module in model.modules() if isinstance(module, PluginActProxy)]
-    if not any(proxy.quantizer.predictor is not None for proxy in proxies):
-        return None
-    found: list[Bus] = []
-
-    def before(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if ordering:
-            return
-        if not found:
-            quantizers = _execution_order(module, proxies, inputs, kwargs, ordering)
-            bus = connect(quantizers, inputs=len(inputs))
-            if bus is None:  # what is predicted does not run
-                return
-            tap_inputs(module, bus)
-            found.append(bus)
-        found[0].begin(inputs)
-
-    def after(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        changed = augmented(found[0], inputs) if found and not ordering else None
-        if changed is not None:
-            with found[0].augment(), torch.no_grad(), Foreign(module):
-                module(*changed, **kwargs)
-
-    ordering: list[bool] = []
-    return Handles(
-        [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
-        ]
-    )
+    predicted = any(proxy.quantizer.predictor is not None for proxy in proxies)
+    return PredictedCalibration(model, proxies) if predicted else None
 
 
 def _execution_order(
-    model: nn.Module, proxies: list[PluginActProxy], inputs: tuple[Any, ...], kwargs: dict[str, Any], busy: list[bool]
+    model: nn.Module, proxies: list[PluginActProxy], inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[ActivationQuantizer]:
     order: list[ActivationQuantizer] = []
-    busy.append(True)
     for proxy in proxies:
         proxy._order = order
     try:
-        with torch.no_grad(), Foreign(model):
+        with torch.no_grad(), undisturbed(model):
             model(*inputs, **kwargs)
     finally:
-        busy.clear()
         for proxy in proxies:
             proxy._order = None
     return order

@@ -17,7 +17,7 @@ from torch.ao.quantization import (
 
 from dqa_plugins.errors import InvalidMethod, NotAMethod
 from dqa_plugins.methods import DQA, DenseSparse, Direct, Method, NoisyQuant, check_method
-from dqa_plugins.sources import QPP
+from dqa_plugins.prediction import QPP
 
 from .observer import FXObserver
 

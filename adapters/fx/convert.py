@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.consumers import find_consumer
-from dqa_plugins.methods import NoisyQuant
-from dqa_plugins.qpp.wire import wire
+from dqa_plugins.qpp import fit
+from dqa_plugins.qpp.edges import wire
 from dqa_plugins.quantizer import ActivationQuantizer
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ def convert_site(observer: FXObserver, model: GraphModule, node: Node) -> None:
         UncalibratedQuantizer: the observer saw no data.
     """
     quantizer = observer.quantizer
+    if quantizer.predictor is not None and not quantizer.predictor.fitted:
+        fit(model)
     quantizer.freeze(_consumer_weight(quantizer, model, node))
     target = f"quantizer_{quantizer.name.replace('.', '_')}"
     while getattr(model, target, quantizer) is not quantizer:
@@ -37,8 +39,7 @@ def convert_site(observer: FXObserver, model: GraphModule, node: Node) -> None:
 
 
 def _consumer_weight(quantizer: ActivationQuantizer, model: GraphModule, node: Node) -> Tensor | None:
-    method = quantizer.method
-    if not isinstance(method, NoisyQuant) or method.objective != "output" or quantizer.consumer_missing:
+    if not quantizer.method.needs_next_layer or quantizer.consumer_missing:
         return None
     layer = find_consumer(node, model)
     if not isinstance(layer, nn.Module) or not isinstance(layer.weight, Tensor):

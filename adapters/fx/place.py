@@ -23,8 +23,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from dqa_plugins.consumers import find_consumer, geometry
 from dqa_plugins.errors import InvalidMethod
-from dqa_plugins.methods import NoisyQuant
-from dqa_plugins.qpp.wire import prepare_graph
+from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import CLAMPING, PRESERVING, iter_quantizers
 
 from .naming import operation_name, producer_axis, site_name
@@ -246,7 +245,7 @@ class _stock_observers_disabled:
 
 def _link_consumer(node: Node, observer: FXObserver, model: GraphModule) -> None:
     quantizer = observer.quantizer
-    if not isinstance(quantizer.method, NoisyQuant) or quantizer.method.objective != "output":
+    if not quantizer.method.needs_next_layer:
         return
     layer = find_consumer(node, model)
     if layer is None:

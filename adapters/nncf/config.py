@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dqa_plugins.errors import DQAError, InvalidMethod, UnsupportedCombination
-from dqa_plugins.methods import METHODS, Method, NoisyQuant, method_from_dict
+from dqa_plugins.methods import METHODS, Method, method_from_dict
 
 
 class InvalidConfig(DQAError, ValueError):
@@ -250,7 +250,7 @@ def check(method: Method, where: str) -> Method:
     Raises:
         UnsupportedCombination: NoisyQuant(objective="output").
     """
-    if isinstance(method, NoisyQuant) and method.objective == "output":
+    if method.needs_next_layer:
         raise UnsupportedCombination(
             f"{where}: NoisyQuant(objective='output') needs the next linear layer of each activation, which NNCF's "
             "statistics do not have; use objective='activation', or the FX or PT2E adapter."

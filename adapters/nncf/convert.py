@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination, UnsupportedInput
 from dqa_plugins.methods import Method
-from dqa_plugins.qpp.augment import augmented
-from dqa_plugins.qpp.bus import Bus, connect, tap_inputs
+from dqa_plugins.qpp import Forwards, connect, fit, link
+from dqa_plugins.qpp.session import end
 from dqa_plugins.sites import iter_quantizers
 
 from .config import Entry, parse
@@ -113,11 +113,12 @@ class ActivationQuantization(MinMaxQuantization):
                 container.add_statistic_point(StatisticPoint(tensor.points[0], collector, self._algorithm_key))
         samples = self.plan.samples
         # nncf.quantize itself hands the model's inputs to nobody: there the first site starts a forward
-        bus = connect([site.quantizer for site in self.sites], inputs=0 if samples is None else samples.inputs)
-        if bus is not None and samples is not None:
-            samples.bus = bus
-        elif bus is not None:
-            self.collectors[0].bus = bus
+        quantizers = [site.quantizer for site in self.sites]
+        forwards = connect(quantizers, inputs=0 if samples is None else samples.inputs)
+        if samples is not None:
+            samples.forwards = forwards
+        elif forwards is not None:
+            self.collectors[0].forwards = forwards
         return container
 
     def apply(
@@ -132,6 +133,7 @@ class ActivationQuantization(MinMaxQuantization):
         Raises:
             UncalibratedQuantizer: a site saw no data.
         """
+        fit(nn.ModuleList(site.quantizer for site in self.sites))
         layout = TransformationLayout()
         for site, collector in zip(self.sites, self.collectors, strict=True):
             layout.register(PT2InsertionCommand(target_points=site.points, hook_module=collector.freeze()))
@@ -154,7 +156,7 @@ class FirstSamples:
 
     def __init__(self, dataset: nncf.Dataset, limit: int | None) -> None:
         self.dataset, self.limit = dataset, limit
-        self.bus: Bus | None = None  # QPP: of the model
+        self.forwards: Forwards | None = None  # QPP: of the model
         self.augment = True
         self.inputs = 0  # tensors in an item
 
@@ -162,14 +164,23 @@ class FirstSamples:
         for item in self._items():
             tensors = tuple(_tensors(item))
             self.inputs = len(tensors)
-            if self.bus is not None:
-                self.bus.begin(tensors)
-            yield item
-            changed = augmented(self.bus, tensors) if self.bus is not None and self.augment else None
-            if self.bus is not None and changed is not None:
-                with self.bus.augment():
-                    self.bus.begin(changed)
-                    yield _replaced(item, iter(changed))
+            if self.forwards is None:
+                yield item
+                continue
+            yield from self._run(item, tensors)
+
+    def _run(self, item: Any, tensors: tuple[Tensor, ...]) -> Iterator[Any]:
+        """The item in a session, and what augmentation makes of it in another."""
+        if self.forwards is None:
+            return
+        session = self.forwards.start(tensors)
+        yield item
+        end(session)
+        changed = self.forwards.changed(tensors) if self.augment else None
+        if changed is not None:
+            session = self.forwards.start(changed, augmented=True)
+            yield _replaced(item, iter(changed))
+            end(session)
 
     def _items(self) -> Iterator[Any]:
         if self.limit is None:
@@ -263,9 +274,7 @@ def quantize(model: nn.Module, dataset: nncf.Dataset, config: Any) -> nn.Module:
         steps.append(FastBiasCorrection(subset_size=_ALL))
     with torch.no_grad():
         quantized = _run(steps, wrapper, graph, items).eval()
-    if samples.bus is not None:
-        tap_inputs(quantized, samples.bus)
-    return quantized
+    return link(quantized)
 
 
 _ALL = 2**62  # NNCF's subset sizes are numbers, with 100 or 300 as the default

@@ -13,7 +13,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method, method_from_dict, method_to_dict
-from dqa_plugins.qpp.bus import Bus
+from dqa_plugins.qpp import Forwards, Session
+from dqa_plugins.qpp.session import end
 from dqa_plugins.quantizer import ActivationQuantizer
 
 
@@ -75,7 +76,8 @@ class SiteCollector(TensorCollector):
     def __init__(self, quantizer: ActivationQuantizer, num_samples: int | None = None) -> None:
         super().__init__()
         self.quantizer = quantizer
-        self.bus: Bus | None = None  # QPP: of the model, where this is its first site
+        self.forwards: Forwards | None = None  # QPP: of the model, where this is its first site
+        self._session: Session | None = None
         self._limit = num_samples
         self._items = 0
 
@@ -87,9 +89,15 @@ class SiteCollector(TensorCollector):
         """Observe one tensor, an nncf Tensor around (B, ...)."""
         # NNCF calls this inside its function mode, which would hook every operation of the statistics
         with torch._C.DisableTorchFunction():
-            if self.bus is not None:
-                self.bus.begin((input_.data,))
+            if self.forwards is not None:
+                self._end()
+                self._session = self.forwards.start((input_.data,))
             ActivationQuantizer.forward(self.quantizer, input_.data)
+
+    def _end(self) -> None:
+        """Nobody tells a collector that a forward is over: the next one does, and freezing."""
+        if self._session is not None:
+            end(self._session)
 
     def freeze(self) -> ActivationQuantizer:
         """Freeze the quantizer.
@@ -97,6 +105,7 @@ class SiteCollector(TensorCollector):
         Raises:
             UncalibratedQuantizer: no calibration item reached the site.
         """
+        self._end()
         if self.quantizer.calibration.count == 0:
             raise UncalibratedQuantizer(
                 f"{self.quantizer.label}: no calibration item reached this site. Give the dataset items that run this "

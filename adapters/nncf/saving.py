@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dqa_plugins.errors import StateMismatch
-from dqa_plugins.qpp.bus import link
-from dqa_plugins.sites import iter_quantizers
+from dqa_plugins.qpp import link
 
 from .forward import keep_eager
 
@@ -66,6 +65,4 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         loaded.load_state_dict(state)
     except RuntimeError as error:
         raise StateMismatch(f"{folder} holds another model than {type(model).__name__}: {error}") from error
-    if any(quantizer.predictor is not None for _, quantizer in iter_quantizers(loaded)):
-        link(loaded)
-    return keep_eager(loaded).eval()
+    return keep_eager(link(loaded)).eval()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import DQAWarning, InvalidMethod
-from dqa_plugins.methods import Method, NoisyQuant, check_method
+from dqa_plugins.methods import Method, check_method
 
 from .consumers import find_consumer, geometry
 from .host import (
@@ -261,7 +261,7 @@ def _edge_or_node(call: Call, reader: Node | None) -> Any:
 def _spec(model: GraphModule, method: Method, call: Call, placed: list[Call], producer: dict[Node, Unit]) -> Any:
     """The spec of a quantizer, named after the call that executes first."""
     consumer = None
-    if isinstance(method, NoisyQuant) and method.objective == "output":
+    if method.needs_next_layer:
         layer = find_consumer(call.value.users if call.edges is None else call.edges, model)
         if layer is None:
             logger.warning("'%s' feeds no linear layer: its noise is searched on the activation", call.site)

@@ -22,7 +22,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from dqa_plugins.errors import FrameworkMismatch
-from dqa_plugins.qpp.wire import prepare_graph
+from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
 from .host import ANNOTATION, TESTED, torchao

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import FrameworkMismatch
-from dqa_plugins.methods import Method, NoisyQuant
+from dqa_plugins.methods import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .host import FakeQuantize, FakeQuantizeBase, MinMaxObserver
@@ -41,7 +41,7 @@ class PT2EObserver(FakeQuantizeBase):
         super().__init__()
         self.dtype, self.is_dynamic = dtype, False  # torchao reads both from every observer
         self.quantizer = ActivationQuantizer(method, name=name, index=index, producer_axis=producer_axis)
-        if isinstance(method, NoisyQuant) and method.objective == "output":
+        if method.needs_next_layer:
             self.quantizer.consumer_geometry = consumer
             self.quantizer.consumer_missing = consumer is None
 

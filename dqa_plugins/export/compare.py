@@ -15,13 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins.functional import affine_qparams, nonzero
-from dqa_plugins.methods import DQA, DenseSparse, NoisyQuant
-from dqa_plugins.qparams import lay_out
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .backends import Target, compiled
-from .lean import LeanQuantizer
+from .frozen import FrozenQuantizer
 from .program import as_inputs, exportable
 
 ROUNDING = 1e-6  # of the largest value of a sample: what float32 sums in another order differ by
@@ -89,7 +86,7 @@ class BackendParity:
 class _Call(NamedTuple):
     """One call of a quantizer in the network: tensor in, tensor out, and the prediction that it used, if any."""
 
-    quantizer: LeanQuantizer
+    quantizer: FrozenQuantizer
     x: Tensor
     y: Tensor
     prediction: Tensor | None
@@ -104,11 +101,11 @@ class _Tapped(nn.Module):
         self.calls: list[_Call] = []
         self.tracing = False
         for module in model.modules():
-            if isinstance(module, LeanQuantizer):
+            if isinstance(module, FrozenQuantizer):
                 module.register_forward_hook(self._note)
 
     def _note(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, LeanQuantizer):
+        if isinstance(module, FrozenQuantizer):
             prediction = args[1] if len(args) > 1 else None
             predictor = module.original.predictor
             if prediction is None and predictor is not None and not self.tracing:
@@ -165,7 +162,7 @@ class Comparison:
             seen[name] = seen.get(name, -1) + 1
             self.names.append(f"{name} (call {seen[name] + 1})" if seen[name] else name)
         side = _Side(
-            [LeanQuantizer(call.quantizer.original, call.quantizer.ranks) for call in self.calls],
+            [FrozenQuantizer(call.quantizer.original, call.quantizer.kinds) for call in self.calls],
             [call.prediction is not None for call in self.calls],
         )
         self.tensors = tuple(t.contiguous() for call in self.calls for t in (call.x, call.prediction) if t is not None)
@@ -223,40 +220,13 @@ def _outputs(value: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _outputs(part)]
 
 
-def step_of(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None = None) -> Tensor:
-    """Width of one step at each value of x, (B, ...); broadcasts against x, unit of x."""
-    scale, lower, upper = quantizer.runtime_qparams(x, prediction)
-    if scale is None:
-        return affine_qparams(lower, upper, quantizer.method.bits)[0]  # type: ignore[arg-type]
-    if isinstance(quantizer.method, DQA):
-        return scale * lay_out(quantizer.grid_step, x, quantizer.channel_axis, per_sample=False)
-    return scale
-
-
-def tie_distance(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None = None) -> Tensor:
-    """Distance of each value of x to where its result jumps (a rounding tie, or a threshold), in steps."""
-    step = nonzero(step_of(quantizer, x, prediction))
-    scale, lower, upper = quantizer.runtime_qparams(x, prediction)
-    method = quantizer.method
-    y = x / step
-    if isinstance(method, NoisyQuant):
-        y = y + lay_out(quantizer.noise, x, quantizer.channel_axis, per_sample=False)
-    distance = (y - y.floor() - 0.5).abs()
-    if scale is None and lower is not None and upper is not None:
-        shift = lower / step  # the zero point is rounded too: on a tie of its own it moves every value
-        distance = torch.minimum(distance, (shift - shift.floor() - 0.5).abs().expand_as(distance))
-        if isinstance(method, DenseSparse):
-            distance = torch.minimum(distance, torch.minimum((x - lower).abs(), (x - upper).abs()) / step)
-    return distance
-
-
 def steps_off(difference: Tensor, quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None) -> Tensor:
     """(B, ...) bool: where two results for x differ by a step, and by more than sums of values like x are rounded.
 
     The second part matters for channels whose values all are alike: their steps are smaller than the rounding.
     """
     largest = x.double().abs().flatten(1).amax(1).reshape(-1, *[1] * (x.ndim - 1)) if x.numel() else 0.0
-    return (difference > 0.5 * step_of(quantizer, x, prediction)) & (difference > ROUNDING * largest)
+    return (difference > 0.5 * quantizer.grid(x, prediction).step) & (difference > ROUNDING * largest)
 
 
 def _parity(call: _Call, z: Tensor) -> tuple[float, float]:
@@ -282,7 +252,7 @@ def _network(
         per_sample = off.flatten(1).any(1)
         fresh = per_sample & ~touched
         if fresh.any():
-            worst = max(worst, float(tie_distance(original, x, prediction)[fresh][off[fresh]].max()))
+            worst = max(worst, float(original.grid(x, prediction).tie_distance(x)[fresh][off[fresh]].max()))
         touched |= per_sample
     agreement = None
     if first.ndim == 2 and first.shape[1] > 1:

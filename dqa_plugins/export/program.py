@@ -15,7 +15,7 @@ from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer
 from dqa_plugins.sites import iter_quantizers
 
 from .bake import bake
-from .lean import lean
+from .frozen import freeze_for_export
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
@@ -28,7 +28,7 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
 
 
 def exportable(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """A copy of a converted model that torch.export takes: weights baked, quantizers lean, eval mode.
+    """A copy of a converted model that torch.export takes: weights baked, quantizers with constant grids, eval mode.
 
     Raises:
         UncalibratedQuantizer: a quantizer is not frozen; the model was not converted.
@@ -46,7 +46,7 @@ def exportable(model: nn.Module, example_inputs: Any) -> nn.Module:
             ready.eval()
         except NotImplementedError:
             ready = copy.deepcopy(ready)
-    return lean(ready, as_inputs(example_inputs))
+    return freeze_for_export(ready, as_inputs(example_inputs))
 
 
 def _dynamic_shapes(inputs: tuple[Any, ...], dynamic_batch: bool) -> tuple[Any, tuple[Any, ...]]:

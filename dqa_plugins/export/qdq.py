@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.errors import UnsupportedCombination
-from dqa_plugins.functional import code_range
-from dqa_plugins.methods import DQA, DenseSparse, NoisyQuant
-from dqa_plugins.qparams import lay_out
 from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.ranges import lay_out
+from dqa_plugins.rounding import code_range
 
-from .lean import LeanQuantizer
+from .frozen import FrozenQuantizer
 
 _ONNX_TYPE = {(4, True): 22, (4, False): 21, (8, True): 3, (8, False): 2}  # onnx.TensorProto: INT4, UINT4, INT8, UINT8
 _TORCH_TYPE = {True: torch.int8, False: torch.uint8}
@@ -28,16 +27,15 @@ INT4_OPSET = 21
 
 def unsupported(quantizer: ActivationQuantizer) -> str | None:
     """Why a frozen quantizer has no QuantizeLinear form; None if it has one."""
-    method = quantizer.method
-    if isinstance(method, DenseSparse):
+    if quantizer.method.qparams != "static":
+        return f"its qparams are {quantizer.method.qparams!r}, one scale per sample"
+    grid = quantizer.static_grid
+    if grid.keep is not None:
         return "outliers stay in float"
-    if method.qparams != "static":
-        return f"its qparams are {method.qparams!r}, one scale per sample"
-    if method.uses_range:
+    if grid.zero_point is not None:
         return "its zero point is not that of QuantizeLinear where the range excludes zero"
-    widest = method.bits + (int(quantizer.extra_bits.max()) if isinstance(method, DQA) else 0)
-    if widest > 8:
-        return f"its important channels have {widest}-bit codes, and QuantizeLinear along an axis runs up to int8"
+    if grid.width() > 8:
+        return f"its important channels have {grid.width()}-bit codes, and QuantizeLinear along an axis runs up to int8"
     return None
 
 
@@ -63,21 +61,18 @@ class QDQQuantizer(nn.Module):
         reason = unsupported(quantizer)
         if reason:
             raise UnsupportedCombination(f"{quantizer.label} has no QuantizeLinear form: {reason}. Use form='float'.")
-        method = quantizer.method
-        scale = quantizer.scale.reshape(-1)
-        low, high = (torch.tensor([float(v)], device=scale.device) for v in code_range(method.bits, quantizer.signed))
-        widest = method.bits
-        if isinstance(method, DQA):
-            scale, low, high = scale * quantizer.grid_step, quantizer.grid_low, quantizer.grid_high
-            widest += int(quantizer.extra_bits.max())
+        grid = quantizer.static_grid.map(lambda v: v.reshape(-1))
+        scale = grid.step
+        low, high = (
+            torch.as_tensor(v, dtype=scale.dtype, device=scale.device).reshape(-1) for v in (grid.low, grid.high)
+        )
         self.axis, self.signed, self.opset = quantizer.channel_axis, quantizer.signed, opset
-        self.width = 4 if opset >= INT4_OPSET and widest <= 4 else 8
+        self.width = 4 if opset >= INT4_OPSET and grid.width() <= 4 else 8
         self.register_buffer("scale", scale)
         self.register_buffer("divisor", torch.where(scale > 0, scale, 1.0))
         self.register_buffer("low", low * scale)
         self.register_buffer("high", high * scale)
-        noise = quantizer.noise * quantizer.scale if isinstance(method, NoisyQuant) else None
-        self.register_buffer("noise", noise)
+        self.register_buffer("noise", grid.bias)
         full = code_range(self.width, self.signed)
         self.saturates = bool((low == full[0]).all() and (high == full[1]).all())  # the integer type clips by itself
 
@@ -117,14 +112,14 @@ class QDQQuantizer(nn.Module):
 
 
 def to_qdq(model: nn.Module, opset: int) -> nn.Module:
-    """Replace the lean quantizers of a model by their QuantizeLinear form, in place.
+    """Replace the frozen quantizers of a model by their QuantizeLinear form, in place.
 
     Raises:
         UnsupportedCombination: one has no such form; nothing was replaced.
     """
-    if isinstance(model, LeanQuantizer):
+    if isinstance(model, FrozenQuantizer):
         return QDQQuantizer(model.original, opset)
-    places = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, LeanQuantizer)]
+    places = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, FrozenQuantizer)]
     ready = {module: QDQQuantizer(module.original, opset) for _, module in places}
     for path, module in places:
         parent, _, name = path.rpartition(".")

@@ -1,16 +1,13 @@
 """QPP: quantization parameters predicted per sample from the network's input."""
 
-from .bus import Bus, connect, link
+from dqa_plugins.source import install_source
+
+from .connect import connect, link
 from .fit import fit
 from .predictor import Predictor
+from .report import QPPReport, qpp_report
+from .session import Forwards, Session
 
-__all__ = ["Bus", "Predictor", "QPPReport", "connect", "fit", "link", "qpp_report"]
+install_source("predicted", Predictor)
 
-
-def __getattr__(name: str) -> object:
-    """The report on first use: the quantizer imports this package."""
-    if name in ("QPPReport", "qpp_report"):
-        from . import report
-
-        return getattr(report, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Forwards", "Predictor", "QPPReport", "Session", "connect", "fit", "link", "qpp_report"]

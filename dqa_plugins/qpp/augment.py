@@ -7,16 +7,14 @@ number, so it does not depend on batches.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .bus import Bus
-
-if TYPE_CHECKING:
-    from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.quantizer import ActivationQuantizer
 
 Augmentation = Callable[[tuple[Any, ...], int], Any]
 
@@ -75,66 +73,19 @@ def augmentation(quantizers: Sequence[ActivationQuantizer]) -> Augmentation | No
     return None
 
 
-def augmented(bus: Bus, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The changed inputs of the forward that just ran; None if there is nothing to run."""
-    if bus.augmenting or bus.fitted or not any(q.state == "observe" for q in bus.quantizers):
-        return None
-    function = augmentation(bus.quantizers)
-    if function is None or not any(isinstance(x, Tensor) and x.is_floating_point() for x in inputs):
-        return None
-    with torch.no_grad():
-        changed = function(inputs, bus.first_sample)
-    return changed if isinstance(changed, tuple) else (changed,)
-
-
-class Foreign:
-    """What an augmented run must not change: observers of the framework, and batch-norm statistics."""
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self.observers = [m for m in modules if hasattr(m, "calculate_qparams") and not hasattr(m, "quantizer")]
-        self.norms = [m for m in modules if getattr(m, "track_running_stats", False) and m.training]
-
-    def __enter__(self) -> None:
-        self.states = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.observers]
-        for norm in self.norms:
-            norm.training = False
-
-    def __exit__(self, *_: Any) -> None:
-        for observer, state in zip(self.observers, self.states, strict=True):
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within it a forward leaves observers of the framework and batch-norm statistics as they are."""
+    modules = list(model.modules())
+    observers = [m for m in modules if hasattr(m, "calculate_qparams") and not hasattr(m, "quantizer")]
+    norms = [m for m in modules if getattr(m, "track_running_stats", False) and m.training]
+    states = [{k: v.clone() for k, v in m.state_dict().items()} for m in observers]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for observer, state in zip(observers, states, strict=True):
             observer.load_state_dict(state)
-        for norm in self.norms:
+        for norm in norms:
             norm.training = True
-
-
-def run_augmented(bus: Bus, model: nn.Module) -> Any:
-    """Make every calibration forward of a model start the bus and run again with changed inputs.
-
-    Returns:
-        an object whose `remove()` undoes it.
-    """
-
-    def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        bus.begin(inputs)
-
-    def after(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        changed = augmented(bus, inputs)
-        if changed is not None:
-            with bus.augment(), torch.no_grad(), Foreign(module):
-                module(*changed, **kwargs)
-
-    handles = [model.register_forward_pre_hook(before)]
-    handles.append(model.register_forward_hook(after, with_kwargs=True))
-    return Handles(handles)
-
-
-class Handles:
-    """Several hooks to remove as one."""
-
-    def __init__(self, handles: Sequence[Any]) -> None:
-        self.handles = handles
-
-    def remove(self) -> None:
-        """Remove them."""
-        for handle in self.handles:
-            handle.remove()

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins.grid import cast, compute_dtype
-from dqa_plugins.methods import Method
-from dqa_plugins.qparams import lay_out
-from dqa_plugins.statistics import extents, quantiles
+from dqa_plugins.method import Method
+from dqa_plugins.ranges import extents, lay_out, quantiles
+from dqa_plugins.rounding import cast, compute_dtype
 
 LEVELS = (0.9, 0.99, 0.999)
 PAPER_FEATURES = len(LEVELS) + 2
@@ -20,8 +19,8 @@ RAW_LEVELS = (0.001, 0.01, 0.1, 0.5, 0.99)
 SCALE = 1  # which feature of the extended mode is the log scale of a site's tensor
 SLOPES = 2 * (len(LEVELS) + 1)
 EXTENDED_FEATURES = PAPER_FEATURES + SLOPES + len(RAW_LEVELS) + 2
-NOTE_FEATURES = 2
-MOST_CHANNELS = 64  # channels of a note; more are averaged in groups
+SUMMARY_FEATURES = 2
+MOST_CHANNELS = 64  # channels of a summary; more are averaged in groups
 SMALLEST = 1e-12  # floor of what a logarithm is taken of
 
 
@@ -139,7 +138,7 @@ class SiteFeatures(nn.Module):
         return f"mode={self.mode!r}"
 
 
-class Own(nn.Module):
+class OwnStatistic(nn.Module):
     """The statistic of the tensor itself, as a module: what the quantizer at a site uses in the extended mode.
 
     Its features are taken of this very tensor, so nothing is left to predict.
@@ -155,7 +154,7 @@ class Own(nn.Module):
         return torch.stack(extents(x, self.method, self.signed, self.axis), 1).float()
 
 
-class Note(nn.Module):
+class Summary(nn.Module):
     """What a quantized tensor showed, for the predictions after it: its outliers are counted and stored anyway.
 
     Args:

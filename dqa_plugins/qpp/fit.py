@@ -1,33 +1,25 @@
 """From calibration rows to predictors: for all quantizers of a model at once, in order of execution.
 
-A note depends on the prediction of its quantizer, so each quantizer is fitted on the notes that the leave-one-out
-predictions of those before it would have left.
+What a quantized tensor shows depends on the prediction of its quantizer, so each quantizer is fitted on the summaries
+that the leave-one-out predictions of those before it would have left.
 """
 
 from __future__ import annotations
 
-import logging
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dqa_plugins.errors import DQAWarning
-from dqa_plugins.methods import DenseSparse
+from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.ranges import resolved
+from dqa_plugins.sites import iter_quantizers
 
-from .augment import augmentation
-from .bus import Bus
-from .features import NOTE_FEATURES, PAPER_FEATURES, SCALE, site_size
+from .features import PAPER_FEATURES, SCALE, SUMMARY_FEATURES, site_size
+from .predictor import Predictor
 from .radial import radial_basis
 from .regression import Fit, least_squares, rank, ridge
-
-if TYPE_CHECKING:
-    from dqa_plugins.quantizer import ActivationQuantizer
-
-    from .predictor import Predictor
-
-logger = logging.getLogger(__name__)
 
 FEW = 8  # originals: below, no regression
 SMALL = 32  # originals: below, only mean and maximum
@@ -36,47 +28,36 @@ _OFFSETS = torch.linspace(-0.3, 0.5, 81, dtype=torch.float64)
 
 
 @torch.no_grad()
-def fit(bus: Bus) -> None:
-    """Fit every predicted quantizer of a model that has data. Later calls do nothing.
+def fit(model: nn.Module) -> None:
+    """Fit every predicted quantizer of a calibrated model that is not frozen yet, in order of execution.
+
+    The rooms' convert calls it, and so does the end of Brevitas' calibration_mode.
+
+    Args:
+        model: prepared by any adapter, or with quantizers placed by hand; or a single quantizer.
 
     Warns (DQAWarning): quantizers that keep their static parameters, with the reason.
     """
-    if bus.fitted:
-        return
-    bus.fitted = True
-    notes: dict[str, tuple[Tensor, Tensor]] = {}
+    summaries: dict[str, tuple[Tensor, Tensor]] = {}
     fallen: dict[str, list[str]] = {}
-    for quantizer in bus.quantizers:
-        if quantizer.calibration.count == 0 or quantizer.state != "observe" or quantizer.predictor is None:
+    for name, quantizer in iter_quantizers(model):
+        predictor = quantizer.predictor
+        if predictor is None or predictor.fitted or quantizer.calibration.count == 0:
             continue
-        reason = _fit_one(quantizer, quantizer.predictor, notes)
-        if reason:
-            quantizer.predictor.reason = reason
-            fallen.setdefault(reason, []).append(quantizer.name or "unnamed quantizer")
+        predictor.reason = _fit_one(quantizer, predictor, summaries)
+        if predictor.reason:
+            fallen.setdefault(predictor.reason, []).append(name or "unnamed quantizer")
     for reason, names in fallen.items():
         warnings.warn(DQAWarning(f"QPP: static parameters at {', '.join(map(repr, names))}: {reason}."), stacklevel=3)
-    if augmentation(bus.quantizers) is not None and not bus.augmented and len(bus.quantizers) > 1:
-        logger.info("QPP: calibrated without augmentation (deep copies of a prepared graph do not run it)")
-    bus.quantizers = []
 
 
 def targets_of(quantizer: ActivationQuantizer) -> Tensor:
     """(M, S, G) of the statistics that the resolved sign needs."""
-    statistic = quantizer.predictor.record.statistic  # type: ignore[union-attr]
-    if isinstance(quantizer.method, DenseSparse):
-        return statistic[:, :2] if quantizer.signed else statistic[:, -1:]
-    return statistic
+    recorded = quantizer.predictor.record.statistic.unbind(1)
+    return torch.stack(resolved(quantizer.method, recorded, quantizer.signed), 1)
 
 
-def static_of(quantizer: ActivationQuantizer) -> Tensor:
-    """(S * G,) float64, the statistic that static parameters are made of, for the resolved sign."""
-    reduced = quantizer.calibration.reduced(quantizer.method)
-    if isinstance(quantizer.method, DenseSparse):
-        reduced = reduced[:2] if quantizer.signed else reduced[-1:]
-    return reduced.flatten().double()
-
-
-def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[str, tuple[Tensor, Tensor]]) -> str:
+def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, summaries: dict[str, tuple[Tensor, Tensor]]) -> str:
     record, mode = predictor.record, predictor.mode
     predictor.own.signed = quantizer.signed
     wanted = targets_of(quantizer)
@@ -87,7 +68,7 @@ def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[s
     scaled = torch.where(logs, targets.clamp(min=1e-30).log(), targets / unit)
     floor = _floor(targets)
     scaled = torch.where(logs, torch.maximum(scaled, floor.log()), scaled)
-    design, used = _design(predictor, notes)
+    design, used = _design(predictor, summaries)
     reason = _degenerate(predictor, design, used, quantizer.method.prediction.intercept)
     basis = None
     if not reason:
@@ -108,28 +89,28 @@ def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, notes: dict[s
     if basis is not None and bool(found.weight[len(used) :].any()):
         bumps = (basis.rate, basis.centres, basis.mix @ found.weight[len(used) :])
     # a prediction that has no range to move in is the static statistic
-    low, high = (static_of(quantizer),) * 2 if reason else _limits(targets, logs, floor)
+    low, high = (predictor.static_statistic(quantizer),) * 2 if reason else _limits(targets, logs, floor)
     bias = found.bias if reason or mode == "paper" else found.bias + _offset(quantizer, found, logs, unit, (low, high))
     shift = bias - found.bias
     held_out = _bounded(found.held_out + shift, logs, unit, low, high).reshape(wanted.shape)
     if mode == "extended":
-        used_range = wanted if predictor.reads_itself(quantizer) else held_out
-        notes[quantizer.name] = (record.samples, record.notes(used_range))
-    predictor.static, predictor.groups = static_of(quantizer), groups
+        used_range = wanted if predictor.reads_itself(quantizer.name) else held_out
+        summaries[quantizer.name] = (record.samples, record.summaries(used_range))
+    predictor.static, predictor.groups = predictor.static_statistic(quantizer), groups
     predictor.finish(weight, bias, logs, (low, high), bumps)
     return reason
 
 
-def _design(predictor: Predictor, notes: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, list[int]]:
+def _design(predictor: Predictor, summaries: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, list[int]]:
     """(M, K) features, and which columns the fit may use."""
     record, size = predictor.record, site_size(predictor.mode)
     parts = [record.features]
     used = list(range(size))
     few = int(record.samples.unique().numel()) < SMALL and predictor.mode == "extended"
     for position, name in enumerate(predictor.history):
-        samples, values = notes[name]
+        samples, values = summaries[name]
         if position < len(predictor.history) - 1:
-            values = values[:, :NOTE_FEATURES]
+            values = values[:, :SUMMARY_FEATURES]
         start = sum(part.shape[1] for part in parts)
         if torch.equal(samples, record.samples):
             parts.append(values.to(record.features.device))
@@ -141,7 +122,7 @@ def _design(predictor: Predictor, notes: dict[str, tuple[Tensor, Tensor]]) -> tu
 
 def _degenerate(predictor: Predictor, design: Tensor, used: list[int], intercept: bool) -> str:
     """Why no regression is possible; "" if it is."""
-    if not predictor.site:
+    if predictor.site == "":
         return "no site of QPP(sites=...) runs before"
     originals = int(predictor.record.samples.unique().numel())
     if originals < FEW:
@@ -209,13 +190,13 @@ def _offset(
     record = predictor.record
     shape = (record.count, -1, record.statistic.shape[2])
     sigma = found.error.sqrt()
-    if not isinstance(method, DenseSparse):
+    if not method.target_density:
         # a maximum that is predicted too low clips: one standard error up
         return sigma * logs
     losses = []
     for offset in _OFFSETS.tolist():
         prediction = _bounded(found.held_out + offset * logs, logs, unit, *limits).reshape(shape)
-        share = record.share_beyond(prediction) / max(method.density, 1e-6)
+        share = record.share_beyond(prediction) / max(method.target_density, 1e-6)
         losses.append(_density_loss(share))
     best = int(torch.stack(losses).argmin())
     return float(_OFFSETS[best]) * logs.double()

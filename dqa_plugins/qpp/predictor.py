@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins.calibration import StateModule
-from dqa_plugins.errors import UncalibratedQuantizer
-from dqa_plugins.methods import Method
+from dqa_plugins.errors import DQAWarning, StateMismatch
+from dqa_plugins.grid import QParams
+from dqa_plugins.method import Method
+from dqa_plugins.ranges import lay_out, qparams_of, resolved, valid
+from dqa_plugins.rounding import compute_dtype
+from dqa_plugins.source import Site
+from dqa_plugins.state import StateModule
 
-from .bus import Bus
-from .features import NOTE_FEATURES, SCALE, Note, Own, site_features, site_size, sum_of
+from .features import SCALE, SUMMARY_FEATURES, OwnStatistic, Summary, site_features, site_size, sum_of
 from .radial import radial
 from .record import SampleRecord
-
-if TYPE_CHECKING:
-    from dqa_plugins.quantizer import ActivationQuantizer
+from .session import Session, current, not_run
 
 
 class Predictor(StateModule):
-    """Regression from features and notes to the statistic behind a quantizer's qparams.
+    """Regression from features and summaries to the statistic behind a quantizer's qparams: a `QParamsSource`.
 
     Buffers once fitted (K features, S statistics, G groups), float64:
         weight: (K, S * G), bias: (S * G,).
@@ -34,9 +36,8 @@ class Predictor(StateModule):
 
     Attributes:
         site: name of the tensor whose features it reads; "" if none comes before: then the prediction is the static
-            statistic.
-        history: quantizers whose notes it reads, oldest first.
-        bus: shared by the quantizers of the model.
+            statistic; None if nobody connected it: then it reads its own tensor.
+        history: quantizers whose summaries it reads, oldest first.
         reason: why it fell back to the static statistic; "" if it predicts.
     """
 
@@ -54,10 +55,10 @@ class Predictor(StateModule):
         super().__init__()
         self.mode = method.prediction.mode
         self.record = SampleRecord()
-        self.note, self.own = Note(1), Own(method, 1)
-        self.site, self.reason = "", ""
+        self.summary, self.own = Summary(1), OwnStatistic(method, 1)
+        self.site: str | None = None
+        self.reason = ""
         self.history: tuple[str, ...] = ()
-        self.bus: Bus | None = None
         self.groups = 0
         for name in ("weight", "bias", "low", "high", "static"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
@@ -70,21 +71,26 @@ class Predictor(StateModule):
         """True once it predicts (or holds the static statistic it fell back to)."""
         return self.bias.numel() > 0
 
-    def reads_itself(self, quantizer: ActivationQuantizer) -> bool:
-        """True at a site of the extended mode: its statistic is taken with its features."""
-        return self.mode == "extended" and self.site == quantizer.name
+    def connect(self, site: str, history: tuple[str, ...]) -> None:
+        """Set what it reads, see the attributes."""
+        self.site, self.history = site, history
 
-    def forward(self, features: Tensor, *notes: Tensor) -> Tensor:
+    def reads_itself(self, name: str) -> bool:
+        """True at a site of the extended mode: its statistic is taken with its features."""
+        return self.mode == "extended" and self.site in (name, None)
+
+    def forward(self, features: Tensor, *summaries: Tensor) -> Tensor:
         """Predict.
 
         Args:
             features: (B, F) float64 of the site.
-            notes: of each quantizer in `history`, see `features.Note`; the last one gives its channels too.
+            summaries: of each quantizer in `history`, see `features.Summary`; the last one gives its channels too.
 
         Returns:
-            (B, S, G) float32, extents as `statistics.extents` gives them.
+            (B, S, G) float32, extents as `ranges.extents` gives them.
         """
-        known = torch.cat([features, *(note[:, :NOTE_FEATURES] for note in notes[:-1]), *notes[-1:]], 1)
+        earlier = [summary[:, :SUMMARY_FEATURES] for summary in summaries[:-1]]
+        known = torch.cat([features, *earlier, *summaries[-1:]], 1)
         # a sum, not a matrix product: its rounding would depend on the batch size
         linear = sum_of(known.unsqueeze(1) * self.weight.t()) + self.bias
         if self.centres.shape[0]:
@@ -97,63 +103,73 @@ class Predictor(StateModule):
         value = torch.minimum(torch.maximum(value, self.low), self.high)
         return value.unflatten(1, (-1, self.groups)).float()
 
-    def observe(self, quantizer: ActivationQuantizer, x: Tensor, statistic: Tensor) -> None:
-        """Record a calibration batch, x (B, ...) with its statistic (B, S, G)."""
-        bus = self.bus
-        if bus is None:
-            raise TypeError("not connected")
-        features = bus.read(self.site, self.mode, quantizer.label) if self.site else self._nothing(x)
-        if len(features) != len(x):  # rows of another batch: nothing to learn from
-            return
-        samples = torch.arange(bus.first_sample, bus.first_sample + len(x), device=x.device)
-        self.record.observe(
-            x, samples, features.double(), statistic, quantizer.method.granularity, quantizer.channel_axis, bus.step
-        )
+    def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
+        """See `QParamsSource`; without a prediction, made from what the running session holds."""
+        found = (self.predict(site, x) if prediction is None else prediction).to(compute_dtype(x.dtype))
+        qparams = valid(qparams_of(site.method, found.unbind(1), site.signed, site.clip_factor))
+        return qparams.map(lambda p: lay_out(p, x, site.channel_axis, per_sample=True))
 
-    def predict(self, quantizer: ActivationQuantizer, x: Tensor, regression: nn.Module | None = None) -> Tensor:
-        """The prediction for x from what the bus knows; leaves a note for the quantizers after.
+    def observe(self, site: Site, x: Tensor, statistic: Tensor) -> bool:
+        """See `QParamsSource`."""
+        self.summary.axis = self.own.axis = site.channel_axis
+        session = current() or Session(self.record.forwards + 1, self.record.count)
+        features = self._features(site, x, session)
+        if len(features) == len(x):  # else rows of another batch: nothing to learn from
+            samples = torch.arange(session.first_sample, session.first_sample + len(x), device=x.device)
+            granularity = site.method.granularity
+            self.record.observe(x, samples, features, statistic, granularity, site.channel_axis, session.number)
+        return not session.augmented
+
+    def freeze(self, site: Site) -> None:
+        """See `QParamsSource`: drops the calibration rows.
+
+        Warns (DQAWarning): nobody called `qpp.fit`, so its parameters become static ones.
+        """
+        if not self.fitted:
+            self.reason = "frozen without having been fitted"
+            warnings.warn(
+                DQAWarning(f"QPP: static parameters at {site.label}: frozen before dqa_plugins.qpp.fit(model)."),
+                stacklevel=4,
+            )
+            self.connect("", ())
+            self.groups, self.own.signed = site.calibration.maximum.shape[1], site.signed
+            self.static = static = self.static_statistic(site)
+            weight = static.new_zeros(site_size(self.mode), len(static))
+            self.finish(weight, static, torch.zeros_like(static, dtype=torch.bool), (static, static), None)
+        self.record.reset()
+
+    def static_statistic(self, site: Site) -> Tensor:
+        """(S * G,) float64, the statistic that static parameters are made of, for the resolved sign."""
+        reduced = site.calibration.reduced(site.method)
+        return torch.stack(resolved(site.method, reduced.unbind(0), site.signed)).flatten().double()
+
+    def predict(self, site: Site, x: Tensor, regression: nn.Module | None = None) -> Tensor:
+        """The prediction for x from what the running session holds; leaves a summary for the quantizers after.
 
         Args:
-            quantizer: whose predictor this is.
+            site: the quantizer whose predictor this is.
             x: (B, ...).
             regression: to use in place of this module (export).
         """
-        bus = self.bus
-        if bus is None:
-            raise UncalibratedQuantizer(f"{quantizer.label} is not connected to the quantizers of its model.")
-        if self.reads_itself(quantizer):
+        session = current() or Session()
+        if self.reads_itself(site.name):
             prediction: Tensor = self.own(x)
-            bus.notes[quantizer.name] = self.note(x, prediction)
-            return prediction
-        if self.site == quantizer.name:
-            features = site_features(x, self.mode)
         else:
-            features = bus.read(self.site, self.mode, quantizer.label) if self.site else self._nothing(x)
-        missing = [name for name in self.history if name not in bus.notes]
-        if missing:
-            raise UncalibratedQuantizer(
-                f"{quantizer.label} reads what '{missing[0]}' showed, which has not run in this forward. Run the whole "
-                "model; after load_state_dict into a freshly built one call dqa_plugins.qpp.link(model)."
-            )
-        prediction = (regression or self)(features, *(bus.notes[name] for name in self.history))
+            features = self._features(site, x, session)
+            for name in self.history:
+                if name not in session.summaries:
+                    raise not_run(site.label, name)
+            prediction = (regression or self)(features, *(session.summaries[name] for name in self.history))
         if self.mode == "extended":
-            bus.notes[quantizer.name] = self.note(x, prediction)
+            session.summaries[site.name] = self.summary(x, prediction)
         return prediction
 
-    def _nothing(self, x: Tensor) -> Tensor:
-        return torch.zeros((x.shape[0], site_size(self.mode)), dtype=torch.float64, device=x.device)
-
-    def start(self, quantizer: ActivationQuantizer, x: Tensor) -> None:
-        """Fix what a calibration tensor told: the channel axis, and its own site if nobody connected it."""
-        self.note.axis = self.own.axis = quantizer.channel_axis
-        if self.bus is None:
-            from .bus import connect
-
-            bus = connect([quantizer], inputs=0)
-            if bus is not None:
-                bus.alone = True
-        if self.bus is not None and self.bus.alone:
-            self.bus.begin((x,))
+    def _features(self, site: Site, x: Tensor, session: Session) -> Tensor:
+        if self.site == "":
+            return torch.zeros((x.shape[0], site_size(self.mode)), dtype=torch.float64, device=x.device)
+        if self.site in (site.name, None):
+            return site_features(x, self.mode)
+        return session.read(str(self.site), self.mode, site.label)
 
     def finish(
         self,
@@ -169,10 +185,6 @@ class Predictor(StateModule):
         if bumps is not None:
             self.rate, self.centres, self.bumps = bumps
 
-    def forget(self) -> None:
-        """Drop the calibration rows."""
-        self.record.reset()
-
     # ------------------------------------------------------------ state, inside the quantizer's extra state
 
     def describe(self) -> dict[str, Any]:
@@ -181,16 +193,22 @@ class Predictor(StateModule):
             "site": self.site,
             "history": list(self.history),
             "groups": self.groups,
-            "axis": self.note.axis,
+            "axis": self.summary.axis,
             "signed": self.own.signed,
             "reason": self.reason,
-            "bus": None if self.bus is None else self.bus.name,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `describe`; a quantizer that has a bus keeps it."""
-        self.site, self.history = str(state["site"]), tuple(state["history"])
-        self.groups, self.reason, self.own.signed = int(state["groups"]), str(state["reason"]), bool(state["signed"])
-        self.note.axis = self.own.axis = int(state["axis"])
-        if self.bus is None and state["bus"] is not None:
-            self.bus = Bus.named(state["bus"])
+    def restore(self, state: dict[str, Any], label: str) -> None:
+        """Inverse of `describe`.
+
+        Raises:
+            StateMismatch: it is not from there.
+        """
+        try:
+            site, history, groups = state["site"], tuple(state["history"]), int(state["groups"])
+            axis, signed, reason = int(state["axis"]), bool(state["signed"]), str(state["reason"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateMismatch(f"{label}: the predictor in the state_dict is damaged ({error}).") from error
+        self.site = None if site is None else str(site)
+        self.history, self.groups, self.reason, self.own.signed = history, groups, reason, signed
+        self.summary.axis = self.own.axis = axis

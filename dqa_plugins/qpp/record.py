@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqa_plugins.calibration import StateModule
-from dqa_plugins.statistics import grouped, quantiles
+from dqa_plugins.ranges import grouped, quantiles
+from dqa_plugins.state import StateModule
 
 from .features import channel_features, log
 
@@ -38,7 +38,7 @@ class SampleRecord(StateModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.step: int | None = None
+        self.forwards = self.added = 0  # number of the last forward, and the rows that it gave
         self.reset()
 
     def reset(self) -> None:
@@ -73,14 +73,16 @@ class SampleRecord(StateModule):
             step: number of the forward.
         """
         tails, means = _tails(x, granularity, axis), x.abs().flatten(1).double().mean(1)
-        if step == self.step and self.count >= len(x):
-            rows = slice(self.count - len(x), self.count)
-            self.statistic[rows] = torch.maximum(self.statistic[rows], statistic)
-            self.tails[rows] = torch.maximum(self.tails[rows], tails)
+        if step == self.forwards:
+            if self.added == len(x):
+                rows = slice(self.count - len(x), self.count)
+                self.statistic[rows] = torch.maximum(self.statistic[rows], statistic)
+                self.tails[rows] = torch.maximum(self.tails[rows], tails)
             return
-        self.step = step
+        self.forwards, self.added = step, 0
         if self.count >= LIMIT:
             return
+        self.added = len(x)
         new = {"samples": samples, "features": features, "statistic": statistic, "tails": tails, "means": means}
         new["channels"] = channel_features(x, axis)
         for name, value in new.items():
@@ -105,8 +107,8 @@ class SampleRecord(StateModule):
         total = _exceeding(self.tails[:, 0], upper, logs) + _exceeding(self.tails[:, 1], lower, logs)
         return total.mean(1)
 
-    def notes(self, prediction: Tensor) -> Tensor:
-        """What `features.Note` would have said had these predictions been used, (M, 2 + 2 * C)."""
+    def summaries(self, prediction: Tensor) -> Tensor:
+        """What `features.Summary` would have said had these predictions been used, (M, 2 + 2 * C)."""
         groups = self.tails.shape[-1]
         elements = float(int(self.elements) * groups)
         shares = self.share_beyond(prediction) + 1.0 / elements

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.errors import MissingDependency, UncalibratedQuantizer, UnsupportedCombination
-from dqa_plugins.methods import DenseSparse
 from dqa_plugins.metrics import failure_rate, prediction_error
 from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.ranges import extents
 from dqa_plugins.sites import iter_quantizers
-from dqa_plugins.statistics import extents
 
 from .features import outside
 
@@ -170,8 +169,8 @@ def qpp_report(model: nn.Module, batches: Iterable[Any]) -> QPPReport:
             continue
         if quantizer.state != "frozen":
             raise UncalibratedQuantizer(f"'{name}' is in state {quantizer.state!r}: convert the model first.")
-        target = quantizer.method.density if isinstance(quantizer.method, DenseSparse) else float("nan")
-        layers[quantizer] = LayerReport(name, quantizer.predictor.site, 0, target, quantizer.predictor.reason)
+        target = quantizer.method.target_density or float("nan")
+        layers[quantizer] = LayerReport(name, quantizer.predictor.site or name, 0, target, quantizer.predictor.reason)
         found[quantizer] = {f"{kind} {source}": [] for kind in ("density", "error") for source in SOURCES}
     if not layers:
         raise UnsupportedCombination("qpp_report: no quantizer of this model has qparams=QPP(...).")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decide import decide, kept_qparams
 from ..errors import UnsupportedInput
 from ..metrics import cross_entropy, is_classification
 from ..quantizer import ActivationQuantizer
+from ..resolve import kept_values
 from ..search import channel_errors
 from .errors import MetricError, RankingError
 from .evaluate import Batches, Metric, forward
@@ -27,11 +27,9 @@ def error_scores(quantizer: ActivationQuantizer) -> Tensor:
     Args:
         quantizer: calibrated, not frozen.
     """
-    decided = copy.deepcopy(quantizer)
-    decided.ranked = True  # nothing to choose, only the clip factor is wanted
-    decide(decided, None)
-    qparams = kept_qparams(decided, decided.clip_factor)
-    return channel_errors(decided.method, decided.calibration.kept, qparams, decided.signed)
+    method, channels = quantizer.method, quantizer.num_channels or 0
+    _, kept = kept_values(method, quantizer.calibration, quantizer.signed, channels=channels, site=quantizer.name)
+    return channel_errors(kept)
 
 
 def measured_errors(stage: Stage, batches: Batches) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dqa_plugins import DQA, Direct, NoisyQuant
 from dqa_plugins.errors import UnsupportedCombination
-from dqa_plugins.search import AMPLITUDES, MEANS, channel_errors, draw_noise, noise_errors
+from dqa_plugins.grid import Grid
+from dqa_plugins.search import AMPLITUDES, MEANS, Kept, channel_errors, draw_noise, noise_errors
 from tests import reference
 from tests.compare import assert_exact, assert_matches_reference, calibrated, to_numpy
 from tests.strategies import CHARACTERS, values
@@ -227,10 +228,8 @@ def test_channel_errors_rank_the_important_channels(qparams):
 
 
 def test_channel_errors_are_mean_squares():
-    from dqa_plugins.qparams import QParams
-
     rows = torch.tensor([[0.25, 0.5], [1.0, 1.0]])
-    found = channel_errors(Direct(bits=4), rows, QParams(torch.tensor(1.0)), True)
+    found = channel_errors(Kept(rows, Grid(torch.tensor(1.0), -8, 7), channels=2, site=""))
     assert_exact(found, torch.tensor([(0.0625 + 0.25) / 2, 0.0], dtype=torch.float64))
 
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant, method_to_dict
-from dqa_plugins.qparams import from_extents, lay_out, scale_divisor
-from dqa_plugins.statistics import extents, grouped, quantiles, statistic
+from dqa_plugins.ranges import extents, grouped, lay_out, qparams_of, quantiles, statistic
 from tests import reference
 from tests.compare import assert_exact, to_numpy
 from tests.strategies import cases, methods
@@ -68,7 +67,7 @@ def test_statistic_is_that_of_each_sample_alone(case, method):
     """Qparams of every sample against a loop over samples and groups, for every method, dtype and layout."""
     fields, axis = method_to_dict(method), case.channel_axis
     signed = bool((case.x < 0).any()) if method.signed is None else method.signed
-    qparams = from_extents(method, extents(case.x, method, signed, axis), signed)
+    qparams = qparams_of(method, extents(case.x, method, signed, axis), signed)
     for index, sample in enumerate(to_numpy(case.x)):
         expected = reference.sample_statistic(sample, fields, signed, axis)
         if len(expected) == 2:
@@ -86,8 +85,8 @@ def test_statistic_resolved_later_equals_the_one_of_calibration(case, method):
     """With signed None, what serves both outcomes gives the same qparams as the statistic of the outcome."""
     axis = case.channel_axis
     signed = bool((case.x < 0).any()) if method.signed is None else method.signed
-    early = from_extents(method, statistic(case.x, method, axis).unbind(1), signed)
-    late = from_extents(method, extents(case.x, method, signed, axis), signed)
+    early = qparams_of(method, statistic(case.x, method, axis).unbind(1), signed)
+    late = qparams_of(method, extents(case.x, method, signed, axis), signed)
     for first, second in zip(early, late, strict=True):
         if first is not None:
             assert_exact(first, second)
@@ -95,19 +94,19 @@ def test_statistic_resolved_later_equals_the_one_of_calibration(case, method):
 
 def test_scale_divisors():
     """2^(n-1) signed, 2^n unsigned, 2^(n-1) - 1 in the authors' script of NoisyQuant."""
-    assert [scale_divisor(Direct(bits=n), True) for n in (2, 4, 8)] == [2, 8, 128]
-    assert [scale_divisor(DQA(bits=n), False) for n in (2, 4, 8)] == [4, 16, 256]
-    assert scale_divisor(NoisyQuant(bits=6), True) == 32
-    assert scale_divisor(NoisyQuant.official(bits=6), True) == 31
+    assert [Direct(bits=n).steps(True) for n in (2, 4, 8)] == [2, 8, 128]
+    assert [DQA(bits=n).steps(False) for n in (2, 4, 8)] == [4, 16, 256]
+    assert NoisyQuant(bits=6).steps(True) == 32
+    assert NoisyQuant.official(bits=6).steps(True) == 31
 
 
 def test_dense_sparse_thresholds_of_signed_and_unsigned_tensors():
     """Signed: half the density on each side. Unsigned: a = 0, b the (1 - density) quantile, zeros included."""
     x = torch.arange(101, dtype=torch.float32).reshape(1, 101)
     method = DenseSparse(density=0.1, qparams="dynamic")
-    unsigned = from_extents(method, extents(x, method, None, 1), False)
+    unsigned = qparams_of(method, extents(x, method, None, 1), False)
     assert (float(unsigned.lower), float(unsigned.upper)) == (0.0, 90.0)
-    signed = from_extents(method, extents(x - 50, method, None, 1), True)
+    signed = qparams_of(method, extents(x - 50, method, None, 1), True)
     assert (float(signed.lower), float(signed.upper)) == (-45.0, 45.0)
 
 
@@ -118,7 +117,7 @@ def test_density_of_dynamic_dense_sparse(signed, density):
     x = torch.randn(4, 8, 25, 25, generator=torch.Generator().manual_seed(3))
     x = x if signed else x.relu() + 0.01
     method = DenseSparse(density=density, qparams="dynamic")
-    thresholds = from_extents(method, extents(x, method, signed, 1), signed)
+    thresholds = qparams_of(method, extents(x, method, signed, 1), signed)
     a, b = (lay_out(t, x, 1, per_sample=True) for t in (thresholds.lower, thresholds.upper))
     outside = ((x < a) | (x > b)).flatten(1)
     assert (outside.sum(1) - density * outside.shape[1]).abs().max() <= (2 if signed else 1)

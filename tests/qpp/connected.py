@@ -8,20 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import ActivationQuantizer
-from dqa_plugins.qpp import connect
-from dqa_plugins.qpp.augment import run_augmented
-from dqa_plugins.qpp.bus import tap_inputs
+from dqa_plugins.qpp import connect, fit, link
 
 
 def calibrate_connected(model: nn.Module, quantizers: Sequence[ActivationQuantizer], batches: Iterable[Tensor]) -> None:
-    """Calibrate in place, augmented runs included, and freeze."""
-    bus = connect(quantizers)
-    assert bus is not None
-    hooks = run_augmented(bus, model)
+    """Calibrate in place, augmented runs included, fit and freeze."""
+    forwards = connect(quantizers)
+    assert forwards is not None
+    forwards.attach(model)
     with torch.no_grad():
         for x in batches:
             model(x)
-    hooks.remove()
+    fit(model)
     for quantizer in quantizers:
         quantizer.freeze()
-    tap_inputs(model, bus)
+    link(model)

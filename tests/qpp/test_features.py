@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqa_plugins import DenseSparse
-from dqa_plugins.qpp.features import Note, channel_features, outside, site_features
+from dqa_plugins.qpp.features import Summary, channel_features, outside, site_features
 from dqa_plugins.qpp.record import SampleRecord
-from dqa_plugins.statistics import statistic
+from dqa_plugins.ranges import statistic
 
 
 def test_the_papers_features() -> None:
@@ -37,7 +37,7 @@ def test_a_sample_does_not_depend_on_its_batch(mode: str, shape: list[int], half
 def test_logarithms_of_nothing_are_finite() -> None:
     x = torch.zeros(2, 3, 4, 4)
     assert torch.isfinite(site_features(x, "extended")).all()
-    assert torch.isfinite(Note(1)(x, torch.zeros(2, 1, 1))).all()
+    assert torch.isfinite(Summary(1)(x, torch.zeros(2, 1, 1))).all()
 
 
 def test_exposure_moves_the_logarithms_alone() -> None:

@@ -25,8 +25,9 @@ from dqa_plugins import (
 )
 from dqa_plugins.errors import InvalidMethod, StateMismatch, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.metrics import density, failure_rate, prediction_error
-from dqa_plugins.qpp import connect, link, qpp_report
+from dqa_plugins.qpp import Forwards, connect, fit, link, qpp_report
 from dqa_plugins.qpp.augment import change
+from dqa_plugins.qpp.session import end
 from tests.qpp.connected import calibrate_connected
 
 METHODS: dict[str, Method] = {
@@ -98,10 +99,12 @@ def test_a_sample_does_not_depend_on_its_batch(method: Method, mode: str) -> Non
 
     def run(rows: slice) -> list[Tensor]:
         found = []
+        session = Forwards().start(())
         for (_, quantizer), x in zip(iter_quantizers(model), tensors, strict=True):
             quantizer(x[rows])
             assert quantizer.predictor is not None
             found.append(quantizer.predictor.predict(quantizer, x[rows]))
+        end(session)
         return found
 
     whole, parts = run(slice(None)), [run(slice(k, k + 1)) for k in range(6)]
@@ -201,7 +204,9 @@ def test_state_dict_into_a_fresh_model(method: Method) -> None:
     plain = calibrate(method.replace(qparams=QPP()))
     twin = Net(plain.relu0.method).eval()
     twin.load_state_dict(plain.state_dict())
-    assert torch.equal(twin(inputs(4, seed=9)), plain(inputs(4, seed=9))), "no input is a site: nothing to link"
+    with pytest.raises(UncalibratedQuantizer, match=r"dqa_plugins\.qpp\.link"):
+        twin(inputs(4, seed=9))
+    assert torch.equal(link(twin)(inputs(4, seed=9)), plain(inputs(4, seed=9)))
     method = method.replace(qparams=QPP(sites=("input", "relu1")))
     model = calibrate(method)
     fresh = Net(method).eval()
@@ -227,13 +232,17 @@ def test_a_calibrating_model_goes_on_after_a_round_trip() -> None:
     method = DenseSparse(qparams=QPP(augment=False))
     one, other = Net(method).eval(), Net(method).eval()
     for model in (one, other):
-        connect([quantizer for _, quantizer in iter_quantizers(model)])
+        forwards = connect([quantizer for _, quantizer in iter_quantizers(model)])
+        assert forwards is not None
+        forwards.attach(model)
     with torch.no_grad():
         one(inputs())
     other.load_state_dict(copy.deepcopy(one.state_dict()))
     for model in (one, other):
+        fit(model)
         for _, quantizer in iter_quantizers(model):
             quantizer.freeze()
+        link(model)
     assert torch.equal(one(inputs(3, seed=4)), other(inputs(3, seed=4)))
 
 
@@ -243,8 +252,6 @@ def test_deepcopies_are_independent() -> None:
     expected = model(x)
     twin(inputs(2, seed=1))
     assert torch.equal(twin(x), expected)
-    assert twin.relu0.predictor.bus is not model.relu0.predictor.bus
-    assert twin.relu0.predictor.bus is twin.relu2.predictor.bus
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -252,6 +259,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     quantizer = ActivationQuantizer(DenseSparse(qparams=QPP()), name="a")
     x = inputs().to(dtype)
     quantizer(x)
+    fit(quantizer)
     y = quantizer.freeze()(x)
     assert y.dtype == dtype
     assert torch.isfinite(y).all()
@@ -264,7 +272,21 @@ def test_alone_a_quantizer_is_its_own_site() -> None:
     dynamic = ActivationQuantizer(Direct(qparams="dynamic"), name="a")
     dynamic(inputs())
     x = inputs(4, seed=8)
+    fit(quantizer)
     assert torch.equal(quantizer.freeze()(x), dynamic.freeze()(x))
+
+
+@pytest.mark.parametrize("mode", ["paper", "extended"])
+def test_freezing_an_unfitted_quantizer_makes_it_static(mode: str) -> None:
+    """Freezing one quantizer fits nothing; one warning says what it means."""
+    quantizer = ActivationQuantizer(DenseSparse(qparams=QPP(mode=mode)), name="a")
+    quantizer(inputs())
+    static = ActivationQuantizer(DenseSparse(), name="a")
+    static(inputs())
+    x = inputs(4, seed=8)
+    with pytest.warns(DQAWarning, match=r"'a'.*frozen before dqa_plugins\.qpp\.fit"):
+        quantizer.freeze()
+    torch.testing.assert_close(quantizer(x), static.freeze()(x))
 
 
 def test_zero_and_huge_samples_stay_finite() -> None:

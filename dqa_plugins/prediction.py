@@ -1,4 +1,4 @@
-"""Where quantization parameters come from, beside "static" and "dynamic": predicted from the network's input."""
+"""QPP(...): the `qparams` of a method whose parameters are predicted from the network's input."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class QPP:
         return fields
 
 
-def check_source(value: Any, method: str) -> None:
+def check_qparams(value: Any, method: str) -> None:
     """Raise unless a value is a qparams source.
 
     Args:
@@ -83,3 +83,16 @@ def check_source(value: Any, method: str) -> None:
         return
     hint = "; did you mean QPP()?" if value is QPP or value == "predicted" or value == "qpp" else ""
     raise InvalidMethod(f"{method}(qparams={value!r}): qparams must be one of 'static', 'dynamic', QPP(...){hint}.")
+
+
+def qpp_from_dict(method: str, fields: dict[str, Any]) -> QPP:
+    """A QPP from its fields, as JSON has them.
+
+    Raises:
+        InvalidMethod: unknown field or bad value.
+    """
+    known = {f.name for f in dataclasses.fields(QPP)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise InvalidMethod(f"{method}: qparams has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+    return QPP(**fields)

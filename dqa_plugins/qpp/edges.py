@@ -1,41 +1,20 @@
 """Predictions as edges of a torch.fx graph: FX and PT2E.
 
-In the prepared graph one node without users starts each forward. In the converted graph every site has one predictor
-node (its features), every predicted quantizer a regression and a second argument, and, where a later one reads it, a
-note.
+In the converted graph every site has one node that takes its features, every predicted quantizer a regression and a
+second argument, and, where a later one reads it, a summary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.quantizer import ActivationQuantizer
 
-from .augment import run_augmented
-from .bus import INPUT, Bus, connect
+from .connect import connect
 from .features import SiteFeatures
-
-START = "qpp_start"
-
-
-class Start(nn.Module):
-    """Starts the forwards of a prepared graph.
-
-    Args:
-        bus: of the model.
-    """
-
-    def __init__(self, bus: Bus) -> None:
-        super().__init__()
-        self.bus = bus
-
-    def forward(self, *inputs: Any) -> None:
-        """Take the inputs of the model."""
-        self.bus.begin(inputs)
+from .session import INPUT
 
 
 def prepare_graph(model: GraphModule, quantizers: Sequence[ActivationQuantizer]) -> None:
@@ -44,24 +23,9 @@ def prepare_graph(model: GraphModule, quantizers: Sequence[ActivationQuantizer])
     Args:
         quantizers: all of the model, named, in order of execution.
     """
-    inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
-    bus = connect(quantizers, inputs=len(inputs))
-    if bus is None:
-        return
-    model.add_submodule(START, Start(bus))
-    with model.graph.inserting_after(inputs[-1]):
-        model.graph.call_module(START, tuple(inputs))
-    model.graph.lint()
-    model.recompile()
-    run_augmented(bus, model)
-
-
-def drop_start(model: GraphModule) -> None:
-    """Remove the node that starts calibration forwards, if it is still there."""
-    for node in [n for n in model.graph.nodes if n.op == "call_module" and n.target == START]:
-        model.graph.erase_node(node)
-    if hasattr(model, START):
-        delattr(model, START)
+    forwards = connect(quantizers, inputs=sum(node.op == "placeholder" for node in model.graph.nodes))
+    if forwards is not None:
+        forwards.attach(model)
 
 
 def wire(model: GraphModule, node: Node, quantizer: ActivationQuantizer) -> None:
@@ -74,8 +38,7 @@ def wire(model: GraphModule, node: Node, quantizer: ActivationQuantizer) -> None
         node: calls the quantizer on a tensor.
         quantizer: frozen.
     """
-    drop_start(model)
-    quantizer.tap = None  # from here on features travel along edges
+    quantizer.listener = None  # from here on features travel along edges
     predictor = quantizer.predictor
     if predictor is None:
         return
@@ -85,15 +48,15 @@ def wire(model: GraphModule, node: Node, quantizer: ActivationQuantizer) -> None
         node.args = (node.args[0], first.args[1])
         return
     graph = model.graph
-    if predictor.reads_itself(quantizer):
+    if predictor.reads_itself(quantizer.name):
         with graph.inserting_before(node):
             prediction = graph.call_module(f"{target}.predictor.own", (node.args[0],))
         node.args = (node.args[0], prediction)
         return
     features = _features(model, node, predictor.site or quantizer.name, predictor.mode)
-    notes = [_note(model, name) for name in predictor.history]
+    summaries = [_summary(model, name) for name in predictor.history]
     with graph.inserting_before(node):
-        prediction = graph.call_module(f"{target}.predictor", (features, *notes))
+        prediction = graph.call_module(f"{target}.predictor", (features, *summaries))
     node.args = (node.args[0], prediction)
 
 
@@ -127,9 +90,9 @@ def _features(model: GraphModule, node: Node, site: str, mode: str) -> Node:
         return graph.call_module(target, (source,))
 
 
-def _note(model: GraphModule, name: str) -> Node:
+def _summary(model: GraphModule, name: str) -> Node:
     quantized = _calls(model, name)
-    target = f"{quantized.target}.predictor.note"
+    target = f"{quantized.target}.predictor.summary"
     for user in model.graph.nodes:
         if user.op == "call_module" and user.target == target:
             return user
