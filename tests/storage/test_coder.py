@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -190,3 +193,30 @@ def test_threads_give_the_same_bytes(threads: int) -> None:
             pack(x, quantizer, "joint")
     finally:
         engine.set_threads(None)
+
+
+FORK = """
+import faulthandler, os, sys, torch
+from dqa_plugins import ActivationQuantizer, DQA
+from dqa_plugins.storage import pack, set_threads
+faulthandler.dump_traceback_later(60, exit=True)  # in the parent and, set again, in the child
+torch.set_num_threads(2)
+set_threads(2)
+quantizer, x = ActivationQuantizer(DQA(bits=4), name="site"), torch.randn(8, 64, 64, 64)
+quantizer(x)
+quantizer.freeze()
+wanted = pack(x, quantizer, "joint")
+child = os.fork()
+if child == 0:
+    faulthandler.dump_traceback_later(40, exit=True)
+    found = pack(x, quantizer, "joint")
+    os._exit(0 if found.to_bytes() == wanted.to_bytes() and torch.equal(found.unpack(), quantizer(x)) else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_packs_too() -> None:
+    """The threads of the parent are not its own: it must not wait for them."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
