@@ -48,7 +48,8 @@ def test_bad_shapes_and_quantizers() -> None:
 @pytest.mark.parametrize("coding", CODINGS)
 def test_outliers_of_every_dtype(coding: str) -> None:
     """Almost every value is kept in float: eight bytes each for float64."""
-    x = torch.randn(4, 8, 16, 16)
+    shape = (4, 8, 16, 16)
+    x = torch.randn(shape)
     quantizer = quantizer_for(DenseSparse(bits=4), x)
     for dtype in DTYPES:
         packed = pack((1000 * x).to(dtype), quantizer, coding)
