@@ -101,7 +101,7 @@ def test_an_empty_range_gives_its_lower_end() -> None:
     [
         Direct(symmetric=False, qparams="dynamic"),
         DenseSparse(qparams="dynamic"),
-        Direct(qparams="dynamic"),
+        Direct(signed=True, qparams="dynamic"),
         DenseSparse(),
     ],
     **ids,
@@ -191,7 +191,7 @@ def test_registering_refuses_duplicates_and_wrong_grids(forget: object) -> None:
             scale = torch.as_tensor(qparams.scale)
             return Grid(scale * scale, 0, 3)
 
-    with pytest.raises(InvalidMethod, match=r"Crooked\.grid: with twice the scale"):
+    with pytest.raises(InvalidMethod, match=r"Crooked\.grid: with three times the scale"):
         register_method(Crooked)
     with pytest.raises(NotAMethod, match="a class derived from Method"):
         register_method(int)  # type: ignore[type-var]

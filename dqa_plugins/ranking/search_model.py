@@ -1,8 +1,8 @@
-"""The stage of a ranking: a copy of the model whose quantizers do what the search tells them to.
+"""The model that a ranking runs: a frozen copy whose quantizers do what the search tells them to.
 
 The user's model is never run: it cannot be left in another state, whatever happens. On the copy every quantizer is
 frozen with the qparams that the user's own will have once frozen, its extra bits are zero (so it is Direct at n bits),
-and its `forward` is replaced by a `Seam`.
+and its `forward` is replaced by a `SearchSite`.
 """
 
 from __future__ import annotations
@@ -17,47 +17,59 @@ from torch.fx import GraphModule
 
 from ..consumers import find_consumer
 from ..errors import UncalibratedQuantizer, UnsupportedCombination
-from ..methods import DQA, NoisyQuant
+from ..qpp.fit import fit
 from ..quantizer import ActivationQuantizer
 from ..sites import iter_quantizers
 from .errors import RankingError
 
 
-class Seam:
-    """What a quantizer of the copy does with its input.
+class SearchSite:
+    """What a quantizer of the copy does with its input, called as the quantizer is.
 
     Attributes:
+        rankable: whether the method has important channels.
         active: False: return x (float). True: quantize.
         left_out: the channel that stays float: None, one index, or a (B,) tensor with one per sample (-1: none).
-        tap: if set, called with (x, self.direct) in place of everything else; its result is returned.
-        calls: if not None, the (input, output) of each call is appended.
+        replacement: if set, called with the quantizer's arguments in place of everything else.
     """
 
     def __init__(self, quantizer: ActivationQuantizer, name: str) -> None:
         self.quantizer = quantizer
         self.name = name
-        self.rankable = isinstance(quantizer.method, DQA)
+        self.rankable = quantizer.method.has_important_channels
         self.active = False
         self.left_out: int | Tensor | None = None
-        self.tap: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
-        self.calls: list[tuple[Tensor, Tensor]] | None = None
+        self.replacement: Callable[..., Tensor] | None = None
+
+    @property
+    def channels(self) -> int:
+        """C, the number of channels; 0 where the method does not look at channels."""
+        return self.quantizer.num_channels or 0
 
     def __call__(self, x: Tensor, *predictions: Tensor) -> Tensor:
-        if self.tap is not None:
-            return self.tap(x, self.direct)
-        y = x if not self.active else self.without(x, self.direct(x, *predictions), self.left_out)
-        if self.calls is not None:
-            self.calls.append((x, y))
-        return y
+        if self.replacement is not None:
+            return self.replacement(x, *predictions)
+        if self.active:
+            return self.keep_float(x, self.quantize(x, *predictions), self.left_out)
+        if not predictions and (self.quantizer.listener is not None or self.quantizer.predictor is not None):
+            with torch.no_grad():  # QPP without edges: the quantizers behind read what this one measures
+                self.quantize(x)
+        return x
 
-    def direct(self, x: Tensor, *predictions: Tensor) -> Tensor:
+    @property
+    def reads_session(self) -> bool:
+        """Whether its qparams are predicted from other tensors of the same forward."""
+        predictor = self.quantizer.predictor
+        return predictor is not None and not predictor.reads_itself(self.quantizer.name)
+
+    def quantize(self, x: Tensor, *predictions: Tensor) -> Tensor:
         """The quantizer's own forward: Direct at n bits where channels can be ranked. Not the tensor x itself."""
         forward = type(self.quantizer).forward
-        if x.ndim == 1:  # the quantizer would call its own forward, which is this seam
+        if x.ndim == 1:  # the quantizer would call its own forward, which is this site
             return forward(self.quantizer, x.unsqueeze(1), *predictions).squeeze(1)
         return forward(self.quantizer, x, *predictions)
 
-    def without(self, x: Tensor, quantized: Tensor, channel: int | Tensor | None) -> Tensor:
+    def keep_float(self, x: Tensor, quantized: Tensor, channel: int | Tensor | None) -> Tensor:
         """`quantized` (B, C, ...) with the left-out channel taken from x, in place."""
         if channel is None or quantized is x:
             return quantized
@@ -79,7 +91,7 @@ class Seam:
         return x.unsqueeze(2) if x.ndim == 2 else x
 
 
-class Stage:
+class SearchModel:
     """A frozen copy of a prepared and calibrated model.
 
     Args:
@@ -87,7 +99,7 @@ class Stage:
 
     Attributes:
         model: the copy, in eval mode, on the model's device.
-        seams: one per quantizer, in order of execution.
+        sites: one per quantizer, in order of execution.
 
     Raises:
         UncalibratedQuantizer: a quantizer saw no data.
@@ -100,42 +112,27 @@ class Stage:
         self.model = copy.deepcopy(model).requires_grad_(False)
         for module in self.model.modules():
             module.training = False  # .eval() raises on the graphs of torch.export
-        self.seams: list[Seam] = []
+        fit(self.model)
+        self.sites: list[SearchSite] = []
         for name, quantizer in iter_quantizers(self.model):
-            if isinstance(quantizer.method, DQA):
+            if quantizer.method.has_important_channels:
                 quantizer.set_extra_bits(torch.zeros(quantizer.num_channels or 0, dtype=torch.int64))
-            quantizer.freeze(_consumer_weight(quantizer, self.model))
-            self.seams.append(Seam(quantizer, name))
-        self._install()
+            quantizer.freeze(_next_layer_weight(quantizer, self.model))
+            site = SearchSite(quantizer, name)
+            object.__setattr__(quantizer, "forward", site)
+            self.sites.append(site)
 
-    def _install(self) -> None:
-        for seam in self.seams:
-            object.__setattr__(seam.quantizer, "forward", seam)
-
-    def copy(self) -> Stage:
-        """An independent stage in the same state, in channels-last memory format."""
-        twin = copy.copy(self)
-        twin.model, twin.seams = copy.deepcopy((self.model, self.seams))
-        twin._install()
-        twin.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return twin
-
-    def follow(self, other: Stage) -> None:
-        """Take over what the seams of a stage of the same model do."""
-        for seam, leader in zip(self.seams, other.seams, strict=True):
-            seam.active, seam.left_out = leader.active, leader.left_out
-
-    def float_from(self, index: int) -> None:
-        """Quantizers before `index` quantize (with what they leave out), it and those after it do not."""
-        for position, seam in enumerate(self.seams):
-            seam.active = position < index
+    def quantize_before(self, index: int) -> None:
+        """Sites before `index` quantize (with what they leave out), it and those after it do not."""
+        for position, site in enumerate(self.sites):
+            site.active = position < index
 
 
 def check_rankable(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """The quantizers of a model whose channels can be ranked, by site name, in order of execution.
 
     Raises:
-        UncalibratedQuantizer, UnsupportedCombination, RankingError: see `Stage`.
+        UncalibratedQuantizer, UnsupportedCombination, RankingError: see `SearchModel`.
     """
     quantizers = list(iter_quantizers(model))
     if not quantizers:
@@ -159,7 +156,7 @@ def check_rankable(model: nn.Module) -> dict[str, ActivationQuantizer]:
                 f"{label} is in the qat state, whose qparams still move. Rank the channels before training "
                 "(prepare without QAT, rank, and apply the table to the QAT model)."
             )
-    rankable = {name: q for name, q in quantizers if isinstance(q.method, DQA)}
+    rankable = {name: q for name, q in quantizers if q.method.has_important_channels}
     if not rankable:
         raise UnsupportedCombination(
             f"{_label(*quantizers[0])} has no important channels, nor has any other quantizer of the model; use DQA to "
@@ -173,10 +170,9 @@ def _label(name: str, quantizer: ActivationQuantizer) -> str:
     return f"{name!r} ({type(quantizer.method).__name__}, {quantizer.method.bits} bits)"
 
 
-def _consumer_weight(quantizer: ActivationQuantizer, model: nn.Module) -> Tensor | None:
-    """The next linear layer's weight, (O, D), where NoisyQuant's search asks for it and the graph knows it."""
-    method = quantizer.method
-    if not isinstance(method, NoisyQuant) or method.objective != "output" or not isinstance(model, GraphModule):
+def _next_layer_weight(quantizer: ActivationQuantizer, model: nn.Module) -> Tensor | None:
+    """(O, D), the next linear layer's weight, where freezing searches against it and the graph knows it."""
+    if not quantizer.method.needs_next_layer or not isinstance(model, GraphModule):
         return None
     for node in model.graph.nodes:
         if node.op != "call_module":

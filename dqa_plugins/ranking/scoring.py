@@ -1,8 +1,4 @@
-"""Scores of candidates: what a metric says about a model in which one channel of one layer stays float.
-
-`Scorer` turns outputs into numbers; `FullForward` is the plain way to get outputs, one forward pass per candidate and
-batch. `suffix.SuffixEvaluator` gives the same with less work where the model is a graph.
-"""
+"""What a model's outputs are worth: the metric's score and the cross-entropy of each sample, and their means."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ from torch import Tensor
 
 from ..metrics import accuracy, cross_entropy, is_classification
 from .errors import MetricError
-from .stage import Stage
 
 Metric = Callable[[Any, Any], Tensor]
 Batches = list[tuple[Any, Any]]
@@ -126,48 +121,6 @@ def site_scores(means: list[Means]) -> SiteScores:
     losses = [m.loss for m in means]
     known = [loss for loss in losses if loss is not None]
     return SiteScores([m.score for m in means], known if len(known) == len(losses) else None)
-
-
-class FullForward:
-    """One forward pass of the whole model per candidate and batch: for models that are no graphs.
-
-    Args:
-        stage: the copy to run.
-        batches: (inputs, targets).
-        scorer: what outputs are worth.
-    """
-
-    def __init__(self, stage: Stage, batches: Batches, scorer: Scorer) -> None:
-        self.stage, self.batches, self.scorer = stage, batches, scorer
-
-    def evaluate(self, index: int, channels: list[int], advance: Callable[[int], None]) -> dict[int, Means]:
-        """Score candidates exactly.
-
-        Args:
-            index: of the searched quantizer.
-            channels: the candidates; -1 leaves nothing out.
-            advance: told how many candidates are done.
-
-        Returns:
-            {channel: means over the batches}.
-        """
-        seam = self.stage.seams[index]
-        self.stage.float_from(index)
-        seam.active = True
-        found = {}
-        for channel in channels:
-            seam.left_out = None if channel < 0 else channel
-            found[channel] = Means()
-            for inputs, targets in self.batches:
-                outputs = forward(self.stage.model, inputs)
-                found[channel].add(*self.scorer(outputs, targets, f"{seam.name!r}, channel {channel}"))
-            advance(1)
-        return found
-
-    def scores(self, index: int, channels: int, advance: Callable[[int], None]) -> SiteScores:
-        """Scores of all C channels of a layer."""
-        found = self.evaluate(index, list(range(channels)), advance)
-        return site_scores([found[c] for c in range(channels)])
 
 
 def forward(model: Any, inputs: Any) -> Any:

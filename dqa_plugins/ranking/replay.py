@@ -1,7 +1,7 @@
 """Runs a torch.fx graph in pieces, keeping the values that later nodes need between the pieces.
 
 Works on every GraphModule: FX prepared, PT2E prepared (`export(...).module()`), or traced by hand. Values are keyed by
-the position of their node, so that they can be handed to a copy of the graph.
+the position of their node.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
@@ -23,7 +22,7 @@ class NotStackable(Exception):
     """A value does not hold one row per sample, so samples of several candidates cannot be stacked."""
 
 
-class Graph:
+class Replay:
     """The nodes of a GraphModule, in order.
 
     Args:
@@ -32,7 +31,6 @@ class Graph:
     Attributes:
         length: number of nodes; the last one is the output.
         from_input: positions of the nodes whose value depends on an input.
-        specials: functions called in place of a node's own, by position (see `inplace`).
         flattened: True where the graph flattens nested inputs (torch.export), so that keyword inputs have no names.
     """
 
@@ -41,14 +39,14 @@ class Graph:
         self.nodes: tuple[Node, ...] = tuple(model.graph.nodes)
         self.length = len(self.nodes)
         self.flattened = type(model.graph._codegen) is not CodeGen
-        self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.modules = {
+        self._position = {node: i for i, node in enumerate(self.nodes)}
+        self._modules = {
             i: model.get_submodule(str(n.target)) for i, n in enumerate(self.nodes) if n.op == "call_module"
         }
         self.from_input: set[int] = set()
         last_use = list(range(self.length))
         for i, node in enumerate(self.nodes):
-            sources = [self.position[source] for source in node.all_input_nodes]
+            sources = [self._position[source] for source in node.all_input_nodes]
             for source in sources:
                 last_use[source] = max(last_use[source], i)
             if node.op == "placeholder" or any(source in self.from_input for source in sources):
@@ -56,15 +54,10 @@ class Graph:
         self._dies: list[list[int]] = [[] for _ in self.nodes]
         for i, last in enumerate(last_use):
             self._dies[last].append(i)
-        self.specials: dict[int, Callable[..., Any]] = {}
-        self._only = [
-            self.position[n.args[0]] if len(n.args) == 1 and isinstance(n.args[0], Node) and not n.kwargs else None
-            for n in self.nodes
-        ]
 
     def calls(self, module: nn.Module) -> list[int]:
         """Positions of the nodes that call `module`, or a module which holds it."""
-        return [i for i, called in self.modules.items() if any(part is module for part in called.modules())]
+        return [i for i, called in self._modules.items() if any(part is module for part in called.modules())]
 
     def start(self, inputs: Any) -> Values:
         """The values of the placeholders for a batch; inputs are copied, so that in-place operations stay inside.
@@ -122,18 +115,10 @@ class Graph:
 
     def execute(self, i: int, values: Values) -> Any:
         """The value of the i-th node (no input, not the output), made from `values`."""
-        node, only = self.nodes[i], self._only[i]
-        if only is not None:  # one input, no settings: most modules, without the search through the arguments
-            special = self.specials.get(i)
-            if special is not None:
-                return special(values[only])
-            if node.op == "call_module":
-                return self.modules[i](values[only])
+        node = self.nodes[i]
         args, kwargs = self._look_up(node.args, values), self._look_up(node.kwargs, values)
-        if i in self.specials:
-            return self.specials[i](*args, **kwargs)
         if node.op == "call_module":
-            return self.modules[i](*args, **kwargs)
+            return self._modules[i](*args, **kwargs)
         if node.op == "get_attr":
             found: Any = self.model
             for part in str(node.target).split("."):
@@ -144,7 +129,7 @@ class Graph:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _look_up(self, argument: Any, values: Values) -> Any:
-        return map_arg(argument, lambda node: values[self.position[node]]) if argument else argument
+        return map_arg(argument, lambda node: values[self._position[node]]) if argument else argument
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -162,33 +147,12 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     raise NotStackable(f"a {type(value).__name__} made from the inputs is used later")
 
 
-def tensor_bytes(values: Values) -> int:
-    """Bytes of all tensors in values (views count in full)."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in _leaves(list(values.values())))
-
-
-def _leaves(value: Any) -> list[Tensor]:
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in a value: a tensor, or tuples, lists and dicts of them (views count in full)."""
     if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [leaf for item in value for leaf in _leaves(item)]
+        return value.numel() * value.element_size()
     if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    return []
-
-
-def to_rows_first(value: Tensor, batch: int, channels_last: bool) -> Tensor:
-    """A layout from which rows are gathered fast: (B, ...) contiguous; (B, H, W, C) of a 4-d tensor if channels_last.
-
-    Raises:
-        NotStackable: axis 0 is not the batch.
-    """
-    if value.ndim == 0 or len(value) != batch:
-        raise NotStackable(f"a tensor of shape {tuple(value.shape)} made from the inputs is used later")
-    return (value.permute(0, 2, 3, 1) if channels_last and value.ndim == 4 else value).contiguous()
-
-
-def gather_rows(value: Tensor, rows: Tensor, channels_last: bool) -> Tensor:
-    """Rows of a value that `to_rows_first` laid out, with its axes back in place. rows: (R,) int64."""
-    found = torch.index_select(value, 0, rows)
-    return found.permute(0, 3, 1, 2) if channels_last and value.ndim == 4 else found
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return 0
+    return sum(tensor_bytes(item) for item in value)
