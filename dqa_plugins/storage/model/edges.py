@@ -252,9 +252,10 @@ def follow_in_place(model: GraphModule) -> None:
     order = {node: i for i, node in enumerate(model.graph.nodes)}
     for node in model.graph.nodes:
         changed = written(node, model)
-        for user in list(changed.users) if changed is not None else ():
-            if order[user] > order[node]:
-                user.replace_input_with(changed, node)
+        if changed is not None:
+            for user in list(changed.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(changed, node)
 
 
 def read_sizes_early(model: GraphModule) -> None:
