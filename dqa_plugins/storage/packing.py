@@ -67,10 +67,10 @@ def pack(
         return PackedActivation(shape, dtype, book, torch.empty(0, dtype=torch.uint8, device=x.device))
     rows = codec.rows(x, axis)
     qparams = row_qparams(quantizer, x if source is None else source)
-    grid = row_grid(quantizer, qparams)
+    grid = None if book.kind == "grid" else row_grid(quantizer, qparams)  # that kind is a scale and its codebook
     stored = stored_parameters(book, qparams, grid)
     found = tuple(p.unsqueeze(-1) for p in stored)
-    if book.kind in ("affine", "dense_sparse") and not same_grid(grid, book.grid(found)):
+    if book.kind in ("affine", "dense_sparse") and grid is not None and not same_grid(grid, book.grid(found)):
         raise NotPackable(f"{quantizer.label}: its grid is not what its thresholds alone give.")
     layout = book.layout(rows.shape[0], rows.shape[2])
     stored = stored if book.dynamic else ()
@@ -83,12 +83,13 @@ def pack(
             "code. Find the sample, or the layer before, that makes them."
         ) from None
     data, fixed = codec.join(layout, stored, streams, rows.device), False
-    plain = book.layout(layout.batch, layout.inner, fixed=True)
-    if book.coding == "auto" and len(data) > plain.fixed_sizes().sum() + sum(p.nbytes for p in stored):
-        # rare, an incompressible tensor: decode the codes and store them with fixed width
-        codes = codec.decode_stored(book, layout, streams, rows.device)
-        data, fixed = codec.join(plain, stored, codec.encode_stored(book, plain, codes), rows.device), True
-    outside = grid.outside(rows)
+    if book.coding == "auto":
+        plain = book.layout(layout.batch, layout.inner, fixed=True)
+        if len(data) > plain.fixed_sizes().sum() + sum(p.nbytes for p in stored):
+            # rare, an incompressible tensor: decode the codes and store them with fixed width
+            codes = codec.decode_stored(book, layout, streams, rows.device)
+            data, fixed = codec.join(plain, stored, codec.encode_stored(book, plain, codes), rows.device), True
+    outside = None if grid is None else grid.outside(rows)
     if outside is None:
         return PackedActivation(shape, dtype, book, data, fixed)
     positions, bitmap = encode_positions(outside.cpu().numpy().reshape(-1))

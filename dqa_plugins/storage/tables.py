@@ -87,6 +87,7 @@ def build_codebook(quantizer: ActivationQuantizer, coding: str, samples: Calibra
     check_coding(coding)
     check_quantizer(quantizer)
     book = _without_tables(quantizer)
+    book.made_for.update(_snapshot(quantizer))
     if coding == "none":
         return book
     if samples is None or samples.values.numel() == 0:
@@ -103,6 +104,9 @@ def check_codebook(book: Codebook, quantizer: ActivationQuantizer) -> Codebook:
     Raises:
         NotPackable: it is of another method, other channels or other parameters.
     """
+    snapshot = _snapshot(quantizer)
+    if _same_snapshot(snapshot, book.made_for):
+        return book
     mine = _without_tables(quantizer)
     names = ("kind", "bits", "signed", "channels", "channel_axis", "parameters", "dynamic", "per_channel", "per_batch")
     wrong = [
@@ -117,7 +121,22 @@ def check_codebook(book: Codebook, quantizer: ActivationQuantizer) -> Codebook:
             f"{quantizer.label} cannot pack with this codebook, which has {', '.join(wrong)}. Make one with "
             "calibrate_tables, or convert the model again."
         )
+    book.made_for.update(snapshot)
     return book
+
+
+def _snapshot(quantizer: ActivationQuantizer) -> dict[str, Any]:
+    """Everything that a codebook depends on."""
+    fields = (quantizer.method, quantizer.num_channels, quantizer.channel_axis, quantizer.signed)
+    values = {name: b.cpu().clone() for name, b in quantizer.named_buffers(recurse=False) if b.numel()}
+    return {"fields": fields, "values": values}
+
+
+def _same_snapshot(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    if not b or a["fields"] != b["fields"] or a["values"].keys() != b["values"].keys():
+        return False
+    pairs = [(value, b["values"][name]) for name, value in a["values"].items()]
+    return all(p.shape == q.shape and p.dtype == q.dtype and torch.equal(p, q) for p, q in pairs)
 
 
 # ---------------------------------------------------------------- how a grid is written down
@@ -195,13 +214,13 @@ def _explicit_fields(quantizer: ActivationQuantizer, grid: Grid, channels: int) 
     }
 
 
-def stored_parameters(book: Codebook, qparams: QParams, grid: Grid) -> tuple[Tensor, ...]:
+def stored_parameters(book: Codebook, qparams: QParams, grid: Grid | None) -> tuple[Tensor, ...]:
     """The parameters that a tensor is packed with, in the order of `book.parameters`: (B or 1, C or 1) each.
 
     Args:
-        qparams, grid: of its rows.
+        qparams, grid: of its rows; the grid is needed for kind "explicit".
     """
-    if book.kind != "explicit":
+    if grid is None or book.kind != "explicit":
         return tuple(p.squeeze(-1) for p in qparams if p is not None)
     lower, upper = grid.keep or (None, None)
     found = {"step": grid.step, "zero_point": grid.zero_point, "bias": grid.bias, "lower": lower, "upper": upper}

@@ -54,12 +54,12 @@ def tensor_of(x: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
 # ---------------------------------------------------------------- encoding
 
 
-def encode(book: Codebook, layout: Layout, x: Tensor, grid: Grid, parameters: tuple[Tensor, ...]) -> Streams:
+def encode(book: Codebook, layout: Layout, x: Tensor, grid: Grid | None, parameters: tuple[Tensor, ...]) -> Streams:
     """Quantize and encode rows.
 
     Args:
         x: (B, C, I) floating point, contiguous.
-        grid: of these rows.
+        grid: of these rows; None: that of the codebook and the parameters.
         parameters: that it was made of, see `Codebook.grid`.
 
     Raises:
@@ -69,7 +69,7 @@ def encode(book: Codebook, layout: Layout, x: Tensor, grid: Grid, parameters: tu
         return Streams(*engine.encode(_plan(book, layout), x.float(), None, _steps(book, parameters)))
     if not torch.isfinite(x).all():
         raise FloatingPointError
-    return encode_stored(book, layout, book.stored(grid.codes(x)))
+    return encode_stored(book, layout, book.stored((grid or book.grid(parameters)).codes(x)))
 
 
 def encode_stored(book: Codebook, layout: Layout, codes: Tensor) -> Streams:

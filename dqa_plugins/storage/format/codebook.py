@@ -59,6 +59,7 @@ class Codebook:
         low: (C,) int64, smallest code of each channel, kind "explicit", where codes are stored minus this; else empty.
         name: the site, for messages.
         plans: layouts made ready for the kernels, by shape (a cache).
+        made_for: parameters of the quantizer that the codebook was found to fit (a cache).
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Codebook:
     low: Tensor
     name: str = ""
     plans: dict[tuple[int, int, bool], Any] = field(default_factory=dict, repr=False)
+    made_for: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def channels(self) -> int:
