@@ -242,7 +242,13 @@ def same_grid(a: Grid, b: Grid) -> bool:
 
 
 def _vector(value: Tensor | int, channels: int) -> Tensor:
-    """(C,) of a field that is the same for all samples."""
+    """(C,) of a field that is the same for all samples.
+
+    Raises:
+        NotPackable: it differs by position.
+    """
+    if torch.as_tensor(value).numel() not in (1, channels):
+        raise NotPackable(f"a grid of {torch.as_tensor(value).numel()} values for {channels} channels is not packed.")
     return torch.as_tensor(value).detach().cpu().reshape(-1).expand(channels).clone()
 
 
