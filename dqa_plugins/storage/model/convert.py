@@ -30,21 +30,18 @@ from ...quantizer import ActivationQuantizer
 from ..format.codebook import check_coding
 from ..format.errors import NothingToStore, NotPackable
 from ..tables import build_codebook
-from .edges import (
-    Edge,
-    LateRead,
+from .edges import Edge, LateRead, late_reads
+from .facts import (
     add_module,
-    follow_in_place,
-    late_reads,
     operation_name,
     producer_axis,
     quantized_source,
     quantizer_of,
-    read_sizes_early,
     record_shapes,
     site_names,
     trace,
 )
+from .memory import follow_in_place, read_sizes_early
 from .sites import Pack, StoredSite, Unpack
 from .subsampling import Subsampling, read_subsample, subsampled, subsampling
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .edges import add_module, operation_name
+from .facts import add_module, operation_name
 
 _STRIDE, _PADDING = 3, 4  # arguments of aten.conv2d
 
