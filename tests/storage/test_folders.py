@@ -6,19 +6,10 @@ import pytest
 
 from tests.test_structure import cycle, files, imports
 
+_ABOVE = ("dqa_plugins.quantizer", "dqa_plugins.method", "dqa_plugins.storage.model", "torch.nn")
 FORBIDDEN = {  # folder: what none of its files may import
-    "dqa_plugins.storage.format": (
-        "dqa_plugins.quantizer",
-        "dqa_plugins.method",
-        "dqa_plugins.storage.coder",
-        "torch.nn",
-    ),
-    "dqa_plugins.storage.coder": (
-        "dqa_plugins.quantizer",
-        "dqa_plugins.method",
-        "dqa_plugins.storage.model",
-        "torch.nn",
-    ),
+    "dqa_plugins.storage.format": (*_ABOVE, "dqa_plugins.storage.coder"),
+    "dqa_plugins.storage.coder": _ABOVE,
 }
 
 
