@@ -244,12 +244,12 @@ def register_method(kind: M) -> M:
         raise InvalidMethod(f"a method called {kind.name!r} is registered already: {METHODS[kind.name].__name__}.")
     method = kind()
     if not method.uses_range:
-        one, two = (method.grid(QParams(torch.tensor(scale)), True, {}) for scale in (1.0, 2.0))
-        ends = [torch.stack([torch.as_tensor(grid.low), torch.as_tensor(grid.high)]) for grid in (one, two)]
-        if not torch.equal(*ends) or not torch.equal(one.step * 2, two.step):
+        one, three = (method.grid(QParams(torch.tensor(scale)), True, {}) for scale in (1.0, 3.0))
+        ends = [torch.stack([torch.as_tensor(grid.low), torch.as_tensor(grid.high)]) for grid in (one, three)]
+        if not torch.equal(*ends) or not torch.equal(one.step * 3, three.step):
             raise InvalidMethod(
-                f"{kind.__name__}.grid: with twice the scale its step must be twice as wide, and its codes the same; "
-                "give it thresholds (uses_range) where that is not so."
+                f"{kind.__name__}.grid: with three times the scale its step must be three times as wide, its codes the "
+                "same; give it thresholds (uses_range) where that is not so."
             )
     METHODS[kind.name] = kind
     return kind

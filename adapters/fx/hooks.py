@@ -40,7 +40,7 @@ def _convert_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(model, node, modules, *args, **kwargs)
         qconfigs = args[1] if len(args) > 1 else kwargs["node_name_to_qconfig"]
         neighbours = [*node.args, *node.users]
-        if all(convert._has_none_qconfig(n, qconfigs) for n in neighbours):
+        if not observer.by_name and all(convert._has_none_qconfig(n, qconfigs) for n in neighbours):
             # the qconfig_mapping given to convert_fx turned this one off: FX's own rule
             node.replace_all_uses_with(node.args[0])
             model.graph.erase_node(node)

@@ -31,14 +31,14 @@ def mark_sites(fused: GraphModule, sites: dict[str, str], last: dict[str, str]) 
         sites: {node name: site name} of the graph before fusion.
         last: see `fused_into`.
     """
-    given: dict[str, Node] = {}
-    for node in fused.graph.nodes:
+    given: set[str] = set()
+    for node in reversed(fused.graph.nodes):
         site = sites.get(last.get(node.name, node.name))
-        if site in given:  # two layers end in one: the addition that onednn fuses into one of its operands
+        if site in given:  # onednn fuses an addition into one of its operands: the other keeps its own name
             site = sites.get(node.name)
         if site is not None:
             node.meta[SITE] = site
-            given[site] = node
+            given.add(site)
 
 
 def site_name(node: Node) -> str:

@@ -28,6 +28,7 @@ class FXObserver(ObserverBase):
     def __init__(self, method: Method, **_: Any) -> None:
         super().__init__(dtype=torch.quint8, is_dynamic=False)
         self.quantizer = ActivationQuantizer(method)
+        self.by_name = False  # placed because its site was named: no node around it has a QConfig
         # FX and its backend checks read these; they describe the claimed quint8
         self.qscheme = torch.per_tensor_affine
         self.quant_min, self.quant_max, self.eps = 0, 255, 2**-12

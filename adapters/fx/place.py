@@ -63,46 +63,64 @@ def place(model: GraphModule, mapping: Any, example_inputs: Any, *, qat: bool) -
     Raises:
         DuplicateSites: two sites have one name.
     """
-    if next(observer_nodes(model), None) is not None:
+    if isinstance(mapping, dict):
+        mapping = QConfigMapping.from_dict(mapping)
+    asked = _Asked(model, mapping)
+    if asked.anything:
         _take_out(model)
         follow_in_place(model)
-        placement = find_sites(model, mapping, example_inputs)
-        _put_in(model, placement, qat=qat)
+        placement = find_sites(model, asked, example_inputs)
+        _put_in(model, placement, asked, qat=qat)
         model.meta[PLACEMENT] = placement.summary()
         _warn_unmatched(placement)
     number(model)
     prepare_graph(model, [quantizer for _, quantizer in iter_quantizers(model)])
 
 
-def find_sites(model: GraphModule, mapping: Any, example_inputs: Any) -> Placement:
+def find_sites(model: GraphModule, asked: _Asked, example_inputs: Any) -> Placement:
     """Ask the judge about a prepared model without our observers."""
-    attributes = model.meta["_observed_graph_module_attrs"]
+    custom = model.meta["_observed_graph_module_attrs"].prepare_custom_config
     inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
-    done = {inputs[k] for k in attributes.prepare_custom_config.input_quantized_indexes if k < len(inputs)}
+    done = {inputs[k] for k in custom.input_quantized_indexes if k < len(inputs)}
     operations = describe(
         model,
         _shapes(model, example_inputs),
         site_of=site_name,
         quantized=lambda node: node in done or _is_stock_observer(node, model),
     )
-    qconfigs, methods = attributes.node_name_to_qconfig, _Methods()
-
-    def method_of(operation: Operation) -> Method | None:
-        return methods.of(qconfigs.get(operation.outputs[0].key.name)) if operation.outputs else None
-
-    named = mapping.module_name_qconfigs if isinstance(mapping, QConfigMapping) else {}
-    overrides = {name: methods.of(qconfig) for name, qconfig in named.items() if methods.decides(qconfig)}
-    return judge(operations, method_of, overrides=overrides)
+    return judge(operations, asked.method_of, overrides=asked.by_name)
 
 
-class _Methods:
-    """The methods of QConfigs: each is asked for an observer once."""
+class _Asked:
+    """What a QConfigMapping says about the nodes of a prepared model.
 
-    def __init__(self) -> None:
+    Args:
+        model: prepared by FX, which found the QConfig of each node.
+        mapping: the user's.
+    """
+
+    def __init__(self, model: GraphModule, mapping: QConfigMapping) -> None:
         self.known: dict[int, tuple[Any, Method | None]] = {}
+        self.qconfigs = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+        # a QConfig of ours and none say what happens to a site; torch.ao's own do not
+        named = {name: (q is None, self._method(q)) for name, q in mapping.module_name_qconfigs.items()}
+        self.by_name = {name: method for name, (none, method) in named.items() if none or method is not None}
 
-    def of(self, qconfig: Any) -> Method | None:
-        """The method of a QConfig; None for torch.ao's own and for none."""
+    @property
+    def anything(self) -> bool:
+        """True if a method of ours is set anywhere."""
+        methods = (*map(self._method, self.qconfigs.values()), *self.by_name.values())
+        return any(method is not None for method in methods)
+
+    def method_of(self, operation: Operation) -> Method | None:
+        """The method that FX found for an operation's node."""
+        return self.of_node(operation.outputs[0].key) if operation.outputs else None
+
+    def of_node(self, node: Node) -> Method | None:
+        """The method that FX found for a node."""
+        return self._method(self.qconfigs.get(node.name))
+
+    def _method(self, qconfig: Any) -> Method | None:
         if qconfig is None:
             return None
         if id(qconfig.activation) not in self.known:
@@ -110,10 +128,6 @@ class _Methods:
             method = observer.quantizer.method if isinstance(observer, FXObserver) else None
             self.known[id(qconfig.activation)] = (qconfig.activation, method)  # held: ids are reused
         return self.known[id(qconfig.activation)][1]
-
-    def decides(self, qconfig: Any) -> bool:
-        """True for a QConfig of ours, and for none: both say what we do with a site."""
-        return qconfig is None or self.of(qconfig) is not None
 
 
 def _is_stock_observer(node: Node, model: GraphModule) -> bool:
@@ -133,7 +147,7 @@ def _take_out(model: GraphModule) -> None:
     model.recompile()
 
 
-def _put_in(model: GraphModule, placement: Placement, *, qat: bool) -> None:
+def _put_in(model: GraphModule, placement: Placement, asked: _Asked, *, qat: bool) -> None:
     observers: dict[Group, str] = {}
     start = [node for node in model.graph.nodes if node.op == "placeholder"][-1]
     for site in placement.sites:
@@ -148,6 +162,8 @@ def _put_in(model: GraphModule, placement: Placement, *, qat: bool) -> None:
     model.graph.lint()
     model.recompile()
     for node, observer in observer_nodes(model):
+        neighbours = [*node.all_input_nodes, *node.users]
+        observer.by_name |= not any(asked.qconfigs.get(n.name) for n in neighbours)
         link_reader(observer.quantizer, model, node)
         if qat and observer.quantizer.state == "observe":
             observer.quantizer.start_qat()
@@ -203,6 +219,8 @@ def number(model: GraphModule) -> None:
 
 
 def _shapes(model: GraphModule, example_inputs: Any) -> dict[Node, TensorFacts] | None:
+    if not example_inputs and any(node.op == "placeholder" for node in model.graph.nodes):
+        return None  # a standalone module is prepared without (torch 2.13)
     try:
         return record_shapes(model, example_inputs)
     except Exception as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,7 +28,7 @@ def quantize_model(
 ) -> GraphModule:
     """Export, prepare, calibrate and convert a model by the functions of torch.export and torchao.
 
-    The batch is dynamic where the model allows it: where its example has two samples or more in every tensor.
+    The batch is dynamic where the model and its example allow it: every tensor has two samples or more.
 
     Args:
         model: float, in eval mode; it is not changed. An exported program's module is taken as it is.
@@ -57,18 +59,10 @@ def _exported(model: nn.Module, example: Any) -> GraphModule:
     positional, keywords = as_call(example)
     tensors = [x for x in (*positional, *keywords.values()) if isinstance(x, Tensor)]
     if all(x.ndim and x.shape[0] > 1 for x in tensors):
-        auto = torch.export.Dim.AUTO
-
-        def batch(x: Any) -> Any:
-            return {0: auto} if isinstance(x, Tensor) else None
-
-        shapes = (tuple(map(batch, positional)), {k: batch(x) for k, x in keywords.items()})
-        given = {**dict(zip(_parameters(model), shapes[0], strict=False)), **shapes[1]}
-        return torch.export.export(model, positional, keywords, dynamic_shapes=given).module()
+        names = [*itertools.islice(inspect.signature(model.forward).parameters, len(positional)), *keywords]
+        given = (*positional, *keywords.values())
+        shapes = {
+            n: {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) else None for n, x in zip(names, given, strict=True)
+        }
+        return torch.export.export(model, positional, keywords, dynamic_shapes=shapes).module()
     return torch.export.export(model, positional, keywords).module()
-
-
-def _parameters(model: nn.Module) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(model.forward).parameters)

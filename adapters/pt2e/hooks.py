@@ -1,10 +1,10 @@
 """What of torchao's PT2E mode is touched; `host.hooks` checks that it is still there.
 
-Three functions get a wrapper, once, when this room is imported. All are looked up in their module at call time, so
+Four functions get a wrapper, once, when this room is imported. All are looked up in their module at call time, so
 it does not matter whether prepare_pt2e was imported before. Only our observers are treated differently.
 
-- `quantize_pt2e._fuse_conv_bn_`: names the sites before batch norms disappear into convolutions; a Quantizer is only
-  asked afterwards (torchao 0.18).
+- `quantize_pt2e._fuse_conv_bn_` and `_fuse_linear_bn_`: names the sites before batch norms disappear into layers; a
+  Quantizer is only asked afterwards (torchao 0.18). Batch norms behind a layer that others read too stay.
 - `quantize_pt2e.prepare`: tells our observers that prepare_qat_pt2e is at work, which no Quantizer gets to know.
 - `export_utils._replace_dropout`: move_exported_model_to_eval and _to_train end there. They rewrite dropout and batch
   norm and leave `.training` of observers alone; ours must stop learning in eval mode.
@@ -12,10 +12,12 @@ it does not matter whether prepare_pt2e was imported before. Only our observers 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from dqa_plugins.errors import FrameworkMismatch
@@ -26,18 +28,45 @@ from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
 from .host import ANNOTATION, TESTED, torchao
-from .names import name_sites
+from .names import name_sites, readers
 from .observer import PT2EObserver, PT2EWeight
 
+_NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default)
 HOST = Host("torchao", str(torchao.__version__), tested=TESTED, room="PT2E", otherwise="use the FX flow")
 
 
 def _fuse_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def fuse(m: GraphModule, *args: Any, **kwargs: Any) -> Any:
         name_sites(m.graph)
-        return original(m, *args, **kwargs)
+        with _shared_layers_kept(m):
+            return original(m, *args, **kwargs)
 
     return fuse
+
+
+@contextlib.contextmanager
+def _shared_layers_kept(m: GraphModule) -> Iterator[None]:
+    """Hide layers that others read too from the batch norms behind them.
+
+    torchao folds a batch norm into a layer whatever else reads that (0.18): y + norm(y) would become 2 norm(y).
+    """
+    hidden = []
+    for norm in [n for n in m.graph.nodes if n.target in _NORMS]:
+        layer = norm.args[0]
+        if len(readers(layer)) > 1:
+            with m.graph.inserting_before(norm):
+                alias = m.graph.call_function(torch.ops.aten.alias.default, (layer,))
+            alias.meta = dict(layer.meta)
+            norm.replace_input_with(layer, alias)
+            hidden.append((alias, layer))
+    try:
+        yield
+    finally:
+        for alias, layer in hidden:
+            alias.replace_all_uses_with(layer)
+            m.graph.erase_node(alias)
+        if hidden:
+            m.recompile()
 
 
 def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,6 +113,7 @@ def install() -> None:
     hooks.install(
         [
             Hook(quantize_pt2e, "_fuse_conv_bn_", ("m",), _fuse_hook),
+            Hook(quantize_pt2e, "_fuse_linear_bn_", ("m",), _fuse_hook),
             Hook(quantize_pt2e, "prepare", ("model", "node_name_to_scope", "is_qat"), _prepare_hook),
             Hook(export_utils, "_replace_dropout", ("m", "train_to_eval"), _dropout_hook),
         ],

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from dqa_plugins.graph.fx import sources
 from dqa_plugins.graph.names import SiteNames
 
 SITE = "dqa_site"  # key in Node.meta
@@ -70,11 +71,10 @@ class Unit:
 
         A node that one operator reads twice is there twice.
         """
-        mine, found = set(self.nodes), []
+        mine = set(self.nodes)
+        found: list[Node] = []
         for node in self.nodes:
-            read: list[Node] = []
-            torch.fx.map_arg((node.args, node.kwargs), lambda n, read=read: read.append(n) or n)
-            outside = [n for n in read if n not in mine and not (self.how == "module" and n.op == "get_attr")]
+            outside = [n for n in sources(node) if n not in mine and not (self.how == "module" and n.op == "get_attr")]
             found.extend(n for n in outside if n not in found or len(self.nodes) == 1)
         return found
 
@@ -179,7 +179,7 @@ def name_sites(graph: Graph) -> None:
     for unit in calls:
         if unit.op.startswith("BatchNorm"):
             before = next((of_node[value] for value in unit.sources() if value in of_node), None)
-            if before is not None and before.op.startswith(("Conv", "Linear")):
+            if before is not None and before.op.startswith(("Conv", "Linear")) and len(readers(before.output)) == 1:
                 _mark(before, unit.site)
 
 

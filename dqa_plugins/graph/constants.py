@@ -1,4 +1,4 @@
-"""Which values are no activations: parameters, constants, positions, masks, and what norms compute inside."""
+"""Which values are no activations: parameters, positions, masks, logits with masks, and what norms compute inside."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ CONSTANT = "made from parameters, constants or positions only"
 INTEGER = "integers or booleans"
 MASK = "made from integers or booleans only, as a mask is"
 INTERNAL = "computed inside a norm"
+LOGITS = "logits of a softmax with a mask or bias added: their range would be the mask's"
 
 _STATISTICS = frozenset(("mean", "sum", "var", "std", "norm", "linalgvectornorm"))
 _SPREADS = frozenset(("var", "std", "norm", "linalgvectornorm"))  # of the tensor itself, not of its squares
@@ -50,6 +51,26 @@ def _reason(op: Operation, found: dict[Value, str]) -> str | None:
     if None in inherited or op.kind in ("computes", "looks up", "opaque", "other"):
         return None
     return MASK
+
+
+def masked_logits(operations: Sequence[Operation]) -> set[Operation]:
+    """Additions whose results only a softmax reads: attention adds masks there, whose values are -10000 or -3e38.
+
+    Args:
+        operations: in order of execution.
+    """
+    found: set[Operation] = set()
+    for op in reversed(operations):
+        if op.name in ("add", "sub") and _only_softmax_reads(op, found):
+            found.add(op)
+    return found
+
+
+def _only_softmax_reads(op: Operation, logits: set[Operation]) -> bool:
+    readers = [reader for value in op.outputs for reader in value.readers]
+    return bool(readers) and all(
+        "softmax" in r.name or r in logits or (r.kind == "moves" and _only_softmax_reads(r, logits)) for r in readers
+    )
 
 
 def norm_internals(operations: Sequence[Operation], constants: dict[Value, str]) -> set[Operation]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from .names import SiteNames
 from .operations import Operation, Value, facts
@@ -168,7 +169,7 @@ def describe(
         how, path, types = _where(node, model)
         site = named.get(node, node.name) if site_of is None else site_of(node)
         site = path if how == "parameter" else site
-        inputs = tuple(value(source) for source in _sources(node))
+        inputs = tuple(value(source) for source in sources(node))
         arguments = [a for a in node.args if not isinstance(a, Node)]
         keywords = {k: a for k, a in node.kwargs.items() if not isinstance(a, Node)}
         writes = inputs[:1] if inputs and writes_in_place(node, model) else ()
@@ -180,11 +181,11 @@ def describe(
     return operations
 
 
-def _sources(node: Node) -> list[Node]:
-    """The tensors a node reads, in the order of its arguments, repeated where one is read twice."""
-    found: list[Node] = []
-    torch.fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
-    return found
+def sources(node: Node) -> list[Node]:
+    """The nodes a node reads, in the order of its arguments, repeated where one is read twice."""
+    given = pytree.tree_leaves((node.args, node.kwargs), is_leaf=lambda x: isinstance(x, slice))
+    ends = [end for x in given for end in ((x.start, x.stop, x.step) if isinstance(x, slice) else (x,))]
+    return [x for x in ends if isinstance(x, Node)]
 
 
 def _op(node: Node, model: nn.Module) -> str:

@@ -45,7 +45,7 @@ def convert_site(quantizer: ActivationQuantizer, model: GraphModule, node: Node)
         DuplicateSites: another quantizer of the model has its name.
     """
     if quantizer.predictor is not None and not quantizer.predictor.fitted:
-        fit(model)  # all of the model's, in order of execution
+        fit(model)
     quantizer.freeze(_reader_weight(quantizer, model, node))
     target = f"quantizer_{quantizer.name.replace('.', '_')}"
     while (other := getattr(model, target, quantizer)) is not quantizer:

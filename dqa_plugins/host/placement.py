@@ -30,7 +30,8 @@ The rules
 - The inputs and the output of a concatenation share one quantizer, where methods are equal, do not look at channels
   that differ, and predict nothing.
 - Other functions (GELU, softmax, exp) stay float; what quantized operations read of them is quantized.
-- Parameters, constants, positions, masks, norm internals, integers and 0-d tensors are left float and are listed.
+- Parameters, constants, positions, masks, logits with a mask, norm internals, integers and 0-d tensors are left float
+  and are listed.
 - A value that is written in place later is not quantized before: the write would be lost.
 - `overrides` name sites: None leaves one float; a method replaces, or adds, one.
 """
@@ -38,19 +39,20 @@ The rules
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from dqa_plugins.graph.aliases import written_later
 from dqa_plugins.graph.axes import Axis, channel_axes
-from dqa_plugins.graph.constants import INTERNAL, no_activations, norm_internals
+from dqa_plugins.graph.constants import INTERNAL, LOGITS, masked_logits, no_activations, norm_internals
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import QUANTIZED, Operation, Value
 from dqa_plugins.methods import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .patterns import Pattern, find_patterns
+from .sites import PLACEMENT, Group, Placement, Site, SiteSummary, Summary
 
-PLACEMENT = "dqa_placement"  # key in GraphModule.meta where a room keeps a prepared model's Summary
+__all__ = ["PLACEMENT", "Group", "Pattern", "Placement", "Site", "SiteSummary", "Summary", "judge"]
+
 NO_METHOD = "no method is set for it"
 WRITTEN = "written in place later: quantizing it before would lose the write"
 SCALAR = "0-d"
@@ -58,107 +60,6 @@ UNREAD = "a function whose result no quantized operation reads"
 OPAQUE = "what it computes inside stays float"
 OUTPUT = "an output of the model"
 OVERRIDDEN = "left out by name"
-
-
-@dataclass(eq=False)
-class Group:
-    """One quantizer: what its sites share."""
-
-    method: Method
-
-
-@dataclass(eq=False)
-class Site:
-    """A tensor that is quantized.
-
-    Args:
-        value: the tensor.
-        name: of the site.
-        group: the quantizer; another site of the same group shares it.
-        readers: the operations that read the quantized value; None: all that read the value.
-        channel_axis: from the front, -1 for the last.
-        axis_reason: what told the axis.
-        axis_told: False where nothing did.
-    """
-
-    value: Value
-    name: str
-    group: Group
-    readers: list[Operation] | None = None
-    channel_axis: int = 1
-    axis_reason: str = ""
-    axis_told: bool = True
-
-    @property
-    def method(self) -> Method:
-        """The method of the quantizer."""
-        return self.group.method
-
-    def reaches(self, operation: Operation) -> bool:
-        """True if the operation reads the quantized value."""
-        return self.readers is None or operation in self.readers
-
-
-@dataclass
-class Placement:
-    """What the judge says.
-
-    Args:
-        sites: in order of execution.
-        patterns: the quantized ones, for weights and a host's own annotations; operations that only move values and
-            have a method are among them.
-        floats: (name, reason) of what stays float.
-        unmatched: settings that name nothing in the network.
-    """
-
-    sites: list[Site] = field(default_factory=list)
-    patterns: list[Pattern] = field(default_factory=list)
-    floats: list[tuple[str, str]] = field(default_factory=list)
-    unmatched: list[str] = field(default_factory=list)
-
-    def summary(self) -> Summary:
-        """The same without the graph."""
-        shared = {
-            group: next(s.name for s in self.sites if s.group is group) for group in {s.group for s in self.sites}
-        }
-        return Summary(
-            tuple(
-                SiteSummary(
-                    site.name,
-                    site.method,
-                    site.channel_axis,
-                    site.axis_reason,
-                    "" if site.value.producer is None else site.value.producer.op or site.value.producer.how,
-                    tuple(r.site or r.how for r in (site.value.readers if site.readers is None else site.readers)),
-                    shared[site.group],
-                )
-                for site in self.sites
-            ),
-            tuple(self.floats),
-            tuple(self.unmatched),
-        )
-
-
-@dataclass(frozen=True)
-class SiteSummary:
-    """A site in names: what makes it, what reads it quantized, and the site whose quantizer it has."""
-
-    name: str
-    method: Method
-    channel_axis: int
-    axis_reason: str
-    producer: str
-    readers: tuple[str, ...]
-    quantizer: str
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A placement in names: sites, (name, reason) of what stays float, settings that name nothing."""
-
-    sites: tuple[SiteSummary, ...]
-    floats: tuple[tuple[str, str], ...]
-    unmatched: tuple[str, ...]
 
 
 def judge(
@@ -214,19 +115,21 @@ class _Judgement:
         self.operations, self.method_of = operations, method_of
         self.patterns = find_patterns(operations)
         self.constants = no_activations(operations)
-        self.internals = norm_internals(operations, self.constants)
+        inside = dict.fromkeys(norm_internals(operations, self.constants), INTERNAL)
+        self.internals = {**dict.fromkeys(masked_logits(operations), LOGITS), **inside}
         self.written = written_later(operations)
         self.axes: dict[Value, Axis] = channel_axes(operations, self.constants)
         self.position = {value: i for i, op in enumerate(operations) for value in op.outputs}
         self.sites: dict[Value, Site] = {}
         self.dropped: dict[Value, str] = {}
+        self.clamped: set[Value] = set()  # quantized behind the clamp that reads them
 
     def refusal(self, value: Value) -> str | None:
         """Why a value cannot be quantized; None if it can."""
         if value in self.constants:
             return self.constants[value]
         if value.producer is not None and value.producer in self.internals:
-            return INTERNAL
+            return self.internals[value.producer]
         if value.shape == ():
             return SCALAR
         return WRITTEN if value in self.written else None
@@ -295,7 +198,7 @@ class _Judgement:
         """Leave a value float that only a clamp reads: the range behind the clamp is the one that counts."""
         if value in self.sites and value.readers == [clamp] and clamp.outputs and self.possible(clamp.outputs[0]):
             del self.sites[value]
-            self.dropped[value] = f"quantized behind {clamp.site}"
+            self.clamped.add(value)
 
     def leave_outputs(self) -> None:
         """Leave values float that only the model's output reads."""
@@ -319,7 +222,7 @@ class _Judgement:
                     if self.sites.pop(value, None) is not None:
                         self.dropped[value] = OVERRIDDEN
                 elif site is None:
-                    if self.possible(value) and value not in self.dropped and op.kind != "moves":
+                    if self.possible(value) and value not in self.clamped and op.kind != "moves":
                         self.sites[value] = Site(value, op.value_name(value), Group(method))
                 elif method != site.method:
                     site.group = Group(method)
@@ -340,10 +243,17 @@ class _Judgement:
         return list(found.items())
 
     def _reason(self, op: Operation, value: Value, fused: set[Operation]) -> str | None:
-        if op.kind in ("output", "creates") or op in fused or (op.kind == "moves" and value not in self.written):
+        moved = op.kind == "moves" and value not in self.written
+        if moved or op.kind in ("output", "creates") or op in fused or value in self.clamped:
             return None
         if op.kind == "parameter" or value in self.constants:
-            read = any(r.kind in QUANTIZED and any(v not in self.constants for v in r.inputs) for r in value.readers)
+            # listed where an activation would be one; weights of functional layers are the host's
+            read = any(
+                r.kind in QUANTIZED
+                and not r.name.startswith(("conv", "linear"))
+                and any(v not in self.constants for v in r.inputs)
+                for r in value.readers
+            )
             return self.constants[value] if read and value.floating else None
         if value in self.dropped or not value.single:
             return self.dropped.get(value)

@@ -34,7 +34,8 @@ def resolve_skip(skip: Iterable[str], layers: Sequence[str], paths: Iterable[str
     Raises:
         InvalidMethod: a name is no module of the model.
     """
-    known, found = list(paths), []
+    known = list(paths)
+    found: list[str] = []
     for item in skip:
         if item in ("first", "last"):
             found.extend(layers[:1] if item == "first" else layers[-1:])

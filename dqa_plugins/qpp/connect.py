@@ -79,9 +79,10 @@ def connect(quantizers: Sequence[ActivationQuantizer], inputs: int = 1) -> Forwa
 
 
 def link(model: nn.Module) -> nn.Module:
-    """Connect the frozen QPP quantizers of a model that got its state from a state_dict. Changes it in place.
+    """Connect the QPP quantizers of a model that got its state from a state_dict or a pickle. Changes it in place.
 
-    Models whose graph has the predictions as edges (FX, PT2E) do not need it.
+    Converted FX and PT2E models have the predictions as edges of their graph and do not need it. A model in the middle
+    of its calibration goes on with it.
 
     Returns:
         the model.
@@ -91,8 +92,10 @@ def link(model: nn.Module) -> nn.Module:
     for quantizer in quantizers:
         if quantizer.predictor is not None and quantizer.predictor.site:
             read.setdefault(quantizer.predictor.site, set()).add(quantizer.predictor.mode)
-    if any(quantizer.predictor is not None for quantizer in quantizers):
-        Forwards(_listen(quantizers, read)).attach(model)
+    predicted = [quantizer for quantizer in quantizers if quantizer.predictor is not None]
+    if predicted:
+        calibrating = any(quantizer.state == "observe" for quantizer in predicted)
+        Forwards(_listen(quantizers, read), augmentation(predicted) if calibrating else None).attach(model)
     return model
 
 

@@ -165,6 +165,9 @@ class Forwards:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = current()
         nested = session is not None and session.augmented
+        if self.count == 0:  # calibration may have begun elsewhere: in another process, in the original of a copy
+            rows = [m.predictor.record.samples for m in predicted_quantizers(model)]
+            self.next_sample = max((int(samples.max()) + 1 for samples in rows if len(samples)), default=0)
         self.start(positional(model, args, kwargs), augmented=nested)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -202,9 +205,12 @@ def detach(model: nn.Module) -> None:
 
 def observes(model: nn.Module) -> bool:
     """Whether a predicted quantizer of the model is being calibrated."""
-    return any(
-        isinstance(m, ActivationQuantizer) and m.predictor is not None and m.state == "observe" for m in model.modules()
-    )
+    return any(quantizer.state == "observe" for quantizer in predicted_quantizers(model))
+
+
+def predicted_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    """The quantizers of a model that have a predictor."""
+    return [m for m in model.modules() if isinstance(m, ActivationQuantizer) and m.predictor is not None]
 
 
 def positional(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..quantizer import ActivationQuantizer
-from .checkpoint import Checkpoint, identity
+from .checkpoint import Checkpoint
 from .errors import MetricError, RankingError
-from .evaluate import Batches, Metric, Scorer
 from .greedy import greedy
+from .identity import identity
 from .progress import Progress
-from .quick import error_scores, measured_errors, random_scores, taylor_scores
-from .stage import Stage, check_rankable
+from .scoring import Batches, Metric, Scorer, batch_size
+from .search_model import SearchModel, check_rankable
+from .strategies import error_scores, measured_errors, random_scores, taylor_scores
 from .table import LayerRanks, RankTable
 
-STRATEGIES = ("greedy", "taylor", "error", "random")
+Strategy = Literal["greedy", "taylor", "error", "random"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 
 def rank_channels(
     model: nn.Module,
     batches: Iterable[tuple[Any, Any]] | None = None,
-    strategy: str = "greedy",
+    strategy: Strategy = "greedy",
     metric: Metric | None = None,
     progress: bool = True,
     seed: int = 0,
     strict: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     *,
-    exact: bool = False,
     memory: int = 2**30,
-    rows: int | None = None,
 ) -> RankTable:
     """Rank the channels of every DQA quantizer, and give the best their extra bits.
 
@@ -47,7 +47,8 @@ def rank_channels(
             keyword inputs. Not needed by "random", nor by "error" unless quantizers are frozen.
         strategy: "greedy", algorithm 3 of the DQA paper; "taylor", squared first-order change of the loss, one
             backward pass per batch; "error", quantization error on the calibration values, what an unranked model
-            uses; "random".
+            uses; "random". Greedy gives the order and scores of one full forward pass per channel, whichever way it
+            takes on a graph; there cross-entropies may differ in the last digits.
         metric: metric(outputs, targets) -> (B,) one score per sample, higher is better. None: accuracy (taylor:
             cross-entropy; a given metric must be differentiable). Ties go to the lower cross-entropy, where outputs
             and targets define one, then to the lower index.
@@ -55,10 +56,7 @@ def rank_channels(
         seed: of "random", and of random operations in the model.
         strict: ties go to the lower index, the first best, as in the paper.
         checkpoint: file that greedy writes after every layer and resumes from. A finished one gives its table at once.
-        exact: greedy on graphs: False: same order and accuracies as one full forward pass per channel, while
-            cross-entropies may differ in the last digits; True: every number bit for bit, several times slower.
         memory: bytes for cached activations and stacked passes (greedy on graphs).
-        rows: most samples in one stacked pass (greedy on graphs); None: what runs fastest.
 
     Returns:
         the table, already applied with each method's own ratio.
@@ -71,11 +69,8 @@ def rank_channels(
     """
     if strategy not in STRATEGIES:
         raise RankingError(f"strategy={strategy!r}: one of {', '.join(map(repr, STRATEGIES))}.")
-    for name, value in (("memory", memory), ("rows", rows)):
-        if name == "rows" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RankingError(f"{name}={value!r}: a positive integer.")
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        raise RankingError(f"memory={memory!r}: a positive number of bytes.")
     if checkpoint is not None and strategy != "greedy":
         raise RankingError(f"checkpoint is for strategy='greedy'; {strategy!r} has nothing to resume.")
     rankable = check_rankable(model)
@@ -86,24 +81,22 @@ def rank_channels(
         scorer = Scorer(metric)
         total = sum(q.num_channels or 0 for q in rankable.values())
         if strategy == "greedy":
-            settings = {"strategy": strategy, "metric": scorer.name, "strict": strict, "seed": seed, "exact": exact}
+            settings = {"strategy": strategy, "metric": metric, "strict": strict, "seed": seed}
             store = Checkpoint(checkpoint, {} if checkpoint is None else identity(model, rankable, listed, settings))
             done = sum(layer.channels for layer in store.done.values())
             with Progress(total, progress, done) as bar:
                 if done < total:
-                    greedy(
-                        Stage(model), listed, scorer, store, bar, strict=strict, exact=exact, memory=memory, rows=rows
-                    )
+                    greedy(SearchModel(model), listed, scorer, store, bar, strict=strict, memory=memory)
             layers = [store.done[name] for name in rankable]
         else:
             with Progress(total, progress) as bar:
-                layers = _quick(model, rankable, listed, strategy, metric, seed, bar)
+                layers = _without_search(model, rankable, listed, strategy, metric, seed, bar)
     table = RankTable(tuple(layers), strategy, scorer.name if strategy == "greedy" else "", seed, strict)
     table.apply(model)
     return table
 
 
-def _quick(
+def _without_search(
     model: nn.Module,
     rankable: dict[str, ActivationQuantizer],
     batches: Batches,
@@ -114,9 +107,9 @@ def _quick(
 ) -> list[LayerRanks]:
     found: dict[str, Tensor]
     if strategy == "taylor":
-        found = taylor_scores(Stage(model), batches, metric, progress)
+        found = taylor_scores(SearchModel(model), batches, metric, progress)
     elif strategy == "error" and any(q.state == "frozen" for q in rankable.values()):
-        found = measured_errors(Stage(model), batches)
+        found = measured_errors(SearchModel(model), batches)
         progress.advance(sum(map(len, found.values())))
     else:
         found = {}
@@ -145,7 +138,12 @@ def _list(batches: Any, strategy: str, needed: bool) -> Batches:
                     f"batch {number} is a {type(batch).__name__}; batches are pairs (inputs, targets). For a single "
                     "batch give [(inputs, targets)]."
                 )
-            found.append((_normal(batch[0]), _normal(batch[1])))
+            inputs, targets = _normal(batch[0]), _normal(batch[1])
+            named = inputs if isinstance(inputs, dict) else {}
+            parts = inputs if isinstance(inputs, tuple | list) else (inputs, *named.values())
+            if 0 in (batch_size(*parts), batch_size(targets)):
+                raise RankingError(f"batch {number} holds no samples; leave empty batches out.")
+            found.append((inputs, targets))
     if not found:
         raise RankingError(
             f"strategy={strategy!r} needs batches of (inputs, targets) here, and got none"

@@ -9,63 +9,91 @@ then sorted by the metric; ties, frequent with accuracy, go to the lower cross-e
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from torch.fx import GraphModule
 
 from .checkpoint import Checkpoint
-from .evaluate import Batches, FullForward, Scorer
+from .prefix import PrefixEvaluator
 from .progress import Progress
-from .stage import Stage
-from .suffix import SuffixEvaluator
+from .scoring import Batches, Means, Scorer, SiteScores, forward, site_scores
+from .search_model import SearchModel
 from .table import LayerRanks
 
 logger = logging.getLogger(__name__)
 
 
 def greedy(
-    stage: Stage,
+    search: SearchModel,
     batches: Batches,
     scorer: Scorer,
     checkpoint: Checkpoint,
     progress: Progress,
     *,
     strict: bool,
-    exact: bool,
     memory: int,
-    rows: int | None,
 ) -> None:
     """Rank every layer that the checkpoint lacks, and add it there.
 
     Args:
-        stage: a frozen copy of the model.
+        search: a frozen copy of the model.
         batches: (inputs, targets).
         scorer: the metric.
         strict: ties go to the lower index at once.
-        exact: only operations with the very shapes of a full forward pass (see `suffix`).
         memory: bytes for cached prefixes and stacked passes.
-        rows: most samples in one stacked pass, or None.
     """
-    evaluator = _evaluator(stage, batches, scorer, exact=exact, memory=memory, rows=rows)
-    for index, seam in enumerate(stage.seams):
-        if not seam.rankable:
+    evaluator = _evaluator(search, batches, scorer, memory)
+    for index, site in enumerate(search.sites):
+        if not site.rankable:
             continue
-        if seam.name not in checkpoint.done:
-            progress.layer(seam.name)
-            channels = seam.quantizer.num_channels or 0
-            found = evaluator.scores(index, channels, progress.advance)
+        if site.name not in checkpoint.done:
+            progress.layer(site.name)
+            found = evaluator.scores(index, site.channels, progress.advance)
             losses = None if found.losses is None else tuple(found.losses)
-            checkpoint.add(LayerRanks(seam.name, found.order(strict), tuple(found.scores), losses))
-        order = checkpoint.done[seam.name].order
-        seam.left_out = order[0] if order else None
+            checkpoint.add(LayerRanks(site.name, found.order(strict), tuple(found.scores), losses))
+        order = checkpoint.done[site.name].order
+        site.left_out = order[0] if order else None
 
 
-def _evaluator(
-    stage: Stage, batches: Batches, scorer: Scorer, *, exact: bool, memory: int, rows: int | None
-) -> FullForward | SuffixEvaluator:
-    if isinstance(stage.model, GraphModule):
-        suffix = SuffixEvaluator(stage, batches, scorer, stacking=not exact, memory=memory, rows=rows)
+class FullForward:
+    """One forward pass of the whole model per candidate and batch: for models that are no graphs.
+
+    Args:
+        search: the copy to run.
+        batches: (inputs, targets).
+        scorer: what outputs are worth.
+    """
+
+    def __init__(self, search: SearchModel, batches: Batches, scorer: Scorer) -> None:
+        self.search, self.batches, self.scorer = search, batches, scorer
+
+    def scores(self, index: int, channels: int, advance: Callable[[int], None]) -> SiteScores:
+        """Scores of all C channels of a layer.
+
+        Args:
+            index: of the searched site.
+            channels: C.
+            advance: told how many candidates are done.
+        """
+        site = self.search.sites[index]
+        self.search.quantize_before(index)
+        site.active = True
+        found = []
+        for site.left_out in range(channels):
+            means = Means()
+            for inputs, targets in self.batches:
+                outputs = forward(self.search.model, inputs)
+                means.add(*self.scorer(outputs, targets, f"{site.name!r}, channel {site.left_out}"))
+            found.append(means)
+            advance(1)
+        return site_scores(found)
+
+
+def _evaluator(search: SearchModel, batches: Batches, scorer: Scorer, memory: int) -> FullForward | PrefixEvaluator:
+    if isinstance(search.model, GraphModule):
+        prefix = PrefixEvaluator(search, batches, scorer, memory)
         keywords = any(isinstance(inputs, dict) for inputs, _ in batches)
-        if suffix.usable() and not (keywords and suffix.graph.flattened):
-            return suffix
-    logger.info("%s is no graph that can be cut: one full forward pass per channel", type(stage.model).__name__)
-    return FullForward(stage, batches, scorer)
+        if prefix.usable() and not (keywords and prefix.replay.flattened):
+            return prefix
+    logger.info("%s is no graph that can be cut: one full forward pass per channel", type(search.model).__name__)
+    return FullForward(search, batches, scorer)

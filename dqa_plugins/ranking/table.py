@@ -8,24 +8,26 @@ A table holds the whole order, not a choice: the same table serves any ratio. It
 
 from __future__ import annotations
 
-import json
+import math
+import numbers
 import os
-import tempfile
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..methods import DQA
 from ..quantizer import ActivationQuantizer
 from ..sites import iter_quantizers
 from .errors import RankingError, RankTableError, RankTableMismatch
+from .json_files import read_json, write_json
 
 SCHEMA = "dqa_plugins.rank_table"
 VERSION = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class LayerRanks:
         losses: C mean cross-entropies with channel c left unquantized, which broke ties (lower is better), or None.
 
     Raises:
-        RankTableError: order is no permutation, or the lengths differ.
+        RankTableError: the name is no text, order is no permutation, a score is not finite, or the lengths differ.
     """
 
     name: str
@@ -50,12 +52,18 @@ class LayerRanks:
     losses: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise RankTableError(f"the name of a layer is a text; got {reprlib.repr(self.name)}.")
         if sorted(self.order) != list(range(len(self.order))):
             raise RankTableError(f"{self.name!r}: the order must hold each of 0..{len(self.order) - 1} once.")
         for field in ("scores", "losses"):
             values = getattr(self, field)
-            if values is not None and len(values) != len(self.order):
+            if values is None:
+                continue
+            if len(values) != len(self.order):
                 raise RankTableError(f"{self.name!r}: {len(values)} {field} for {len(self.order)} channels.")
+            if not all(map(math.isfinite, values)):
+                raise RankTableError(f"{self.name!r}: {field} must be finite; got {reprlib.repr(list(values))}.")
 
     @property
     def channels(self) -> int:
@@ -72,7 +80,7 @@ class RankTable:
     """The ranking of every layer of a model, in order of execution.
 
     Args:
-        layers: one entry per DQA quantizer.
+        layers: one entry per quantizer whose method has important channels.
         strategy: "greedy", "taylor", "error" or "random".
         metric: name of the metric that greedy maximised, "" for other strategies.
         seed, strict: as given to `rank_channels`.
@@ -111,29 +119,31 @@ class RankTable:
             RankTableMismatch: layers or numbers of channels differ.
             RankingError: ratio is not in [0, 1].
         """
-        if ratio is not None and (isinstance(ratio, bool) or not 0 <= ratio <= 1):
+        if ratio is not None and (
+            isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 0 <= ratio <= 1
+        ):
             raise RankingError(f"ratio={ratio!r}: the share of important channels is a number in [0, 1], or None.")
         quantizers = self._matching(model)
         for layer in self.layers:
-            quantizer, method = quantizers[layer.name]
-            quantizer.set_extra_bits(extra_bits(layer, method, ratio))
+            quantizer = quantizers[layer.name]
+            quantizer.set_extra_bits(extra_bits(layer, quantizer.method, ratio))
 
-    def _matching(self, model: nn.Module) -> dict[str, tuple[ActivationQuantizer, DQA]]:
-        found = {name: (q, q.method) for name, q in iter_quantizers(model) if isinstance(q.method, DQA)}
+    def _matching(self, model: nn.Module) -> dict[str, ActivationQuantizer]:
+        found = {name: q for name, q in iter_quantizers(model) if q.method.has_important_channels}
         missing = [layer.name for layer in self.layers if layer.name not in found]
         names = {layer.name for layer in self.layers}
         unranked = [name for name in found if name not in names]
         if missing or unranked:
             parts = []
             if missing:
-                parts.append(f"the table ranks {_listed(missing)}, which the model has not as DQA layers")
+                parts.append(f"the table ranks {_listed(missing)}, which the model does not quantize by DQA")
             if unranked:
                 parts.append(f"the model has {_listed(unranked)}, which the table does not rank")
             raise RankTableMismatch(
                 f"this rank table belongs to another model: {'; '.join(parts)}. Rank the channels of this model."
             )
         for layer in self.layers:
-            channels = found[layer.name][0].num_channels
+            channels = found[layer.name].num_channels
             if channels is not None and channels != layer.channels:
                 raise RankTableMismatch(
                     f"this rank table belongs to another model: {layer.name!r} has {channels} channels, the table "
@@ -177,24 +187,29 @@ class RankTable:
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise RankTableError(f"{source}: no rank table (the field 'schema' must be {SCHEMA!r}).")
-        if data.get("version") != VERSION:
+        if type(data.get("version")) is not int or data["version"] != VERSION:
             raise RankTableError(
-                f"{source}: schema version {data.get('version')!r}; this version of dqa-plugins reads {VERSION}."
+                f"{source}: schema version {reprlib.repr(data.get('version'))}; this version of dqa-plugins reads "
+                f"{VERSION}."
             )
         try:
             layers = tuple(
                 LayerRanks(
-                    str(layer["name"]),
-                    tuple(_integer(c) for c in layer["order"]),
-                    tuple(float(s) for s in layer["scores"]),
-                    None if layer["losses"] is None else tuple(float(v) for v in layer["losses"]),
+                    layer["name"],
+                    tuple(_of_type(int, c) for c in _of_type(list, layer["order"])),
+                    _numbers(layer["scores"]),
+                    None if layer["losses"] is None else _numbers(layer["losses"]),
                 )
-                for layer in data["layers"]
+                for layer in _of_type(list, data["layers"])
             )
             table = cls(
-                layers, str(data["strategy"]), str(data["metric"]), _integer(data["seed"]), data["strict"] is True
+                layers,
+                _of_type(str, data["strategy"]),
+                _of_type(str, data["metric"]),
+                _of_type(int, data["seed"]),
+                _of_type(bool, data["strict"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, RankTableError):
                 raise RankTableError(f"{source}: {error}") from error
             raise RankTableError(
@@ -234,12 +249,12 @@ class RankTable:
         return "\n".join(lines)
 
 
-def extra_bits(layer: LayerRanks, method: DQA, ratio: float | None = None) -> Tensor:
+def extra_bits(layer: LayerRanks, method: Any, ratio: float | None = None) -> Tensor:
     """m on the round(ratio * C) best channels, 0 elsewhere.
 
     Args:
         layer: the order of the channels.
-        method: gives m, and the ratio where none is given.
+        method: one with important channels; gives m (`extra`), and the ratio where none is given.
         ratio: in [0, 1], or None.
 
     Returns:
@@ -250,39 +265,15 @@ def extra_bits(layer: LayerRanks, method: DQA, ratio: float | None = None) -> Te
     return extra
 
 
-def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Write JSON through a temporary file beside `path`, so that a crash leaves the old file or the new one."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=target.name, suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        RankTableError: it is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise RankTableError(
-            f"{os.fspath(path)!r} is not JSON ({error}); the file is damaged or something else."
-        ) from error
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is not an integer")
+def _of_type(kind: type[T], value: Any) -> T:
+    """`value` if its type is `kind` exactly: JSON's true is no number."""
+    if type(value) is not kind:
+        raise TypeError(f"{reprlib.repr(value)} where {kind.__name__} is expected")
     return value
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    return tuple(float(v) if type(v) is int else _of_type(float, v) for v in _of_type(list, values))
 
 
 def _listed(names: list[str]) -> str:

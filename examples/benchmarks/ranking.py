@@ -122,18 +122,14 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def readable(result: dict[str, Any]) -> str:
     """The result as a short table."""
-    ways = {"naive": "naive", "greedy": "greedy", "exact": "greedy, exact", "taylor": "taylor", "error": "error"}
     lines = [
         f"{result['network']}, {result['images']} images, {result['channels']} channels in {result['layers']} layers",
         f"{'search':<14} {'CPU s':>8}  naive / this",
     ]
-    for way, label in ways.items():
-        if (seconds := result.get(f"{way}_seconds")) is not None:
-            lines.append(f"{label:<14} {seconds:>8.2f}  {result['naive_seconds'] / seconds:>12.1f}")
-    for prefix, label in (("", "greedy"), ("exact_", "greedy, exact")):
-        if f"{prefix}same_order" in result:
-            same = [f"{prefix}same_order", f"{prefix}same_accuracy"]
-            lines.append(f"{label}: same order {result[same[0]]}, same accuracies {result[same[1]]}")
+    for search in ("naive", "greedy", "taylor", "error"):
+        seconds = result[f"{search}_seconds"]
+        lines.append(f"{search:<14} {seconds:>8.2f}  {result['naive_seconds'] / seconds:>12.1f}")
+    lines.append(f"greedy: same order {result['same_order']}, same accuracies {result['same_accuracy']}")
     return "\n".join(lines)
 
 
@@ -147,7 +143,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--qparams", default="static", choices=("static", "dynamic"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=int, default=1, help="time the naive search on every so many channels only")
-    parser.add_argument("--exact", action="store_true", help="also time rank_channels(exact=True)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(arguments)
 
@@ -165,7 +160,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     def rank(**settings: Any) -> Callable[[], RankTable]:
         return lambda: rank_channels(copy.deepcopy(prepared), batches, progress=False, **settings)
 
-    # kernels are compiled at their first use on a machine and kept on disk: not part of the time
+    # what torch prepares at its first passes is not part of the time
     rank_channels(copy.deepcopy(prepared), [tuple(part[:4] for part in batches[0])], progress=False)
     # ours before and after the naive search: the load of a shared machine drifts
     table, cpu_before, wall_before = timed(rank())
@@ -194,11 +189,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "speedup_wall": naive_wall * scale / wall,
         **compare(table, naive),
     }
-    if options.exact:
-        exact, exact_cpu, _ = timed(rank(exact=True))
-        result["exact_seconds"] = exact_cpu
-        result["exact_speedup_vs_naive"] = naive_cpu * scale / exact_cpu
-        result |= {f"exact_{name}": value for name, value in compare(exact, naive).items()}
     for strategy in ("taylor", "error"):
         _, seconds, _ = timed(rank(strategy=strategy))
         result[f"{strategy}_seconds"] = seconds

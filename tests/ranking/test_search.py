@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dqa_plugins import DQA, Direct, NoisyQuant, RankTable, iter_quantizers, rank_channels
 from dqa_plugins.errors import InvalidTarget
 from dqa_plugins.metrics import IGNORED, accuracy, cross_entropy
-from dqa_plugins.ranking import stack, suffix
+from dqa_plugins.ranking import prefix, stacking
 from tests.nets import build as build_net
 from tests.nets import inputs as net_inputs
 
@@ -31,22 +31,30 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.fixture
+def one_by_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Where True, no candidates are stacked: every number is that of algorithm 3, cross-entropies too."""
+    if request.param:
+        monkeypatch.setattr(prefix.PrefixEvaluator, "_rounds_again", lambda *_: True)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("one_by_one", [True, False], indirect=True)
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("name", METHODS)
-def test_same_table_as_algorithm_3(name: str, graph: bool, exact: bool) -> None:
+def test_same_table_as_algorithm_3(name: str, graph: bool, one_by_one: bool) -> None:
     model = build(method=METHODS[name], graph=graph)
-    table = rank_channels(model, labelled(), exact=exact, progress=False)
-    assert_same(table, algorithm_3(model, labelled()), exact=exact or not graph)
+    table = rank_channels(model, labelled(), progress=False)
+    assert_same(table, algorithm_3(model, labelled()), exact=one_by_one or not graph)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("one_by_one", [True, False], indirect=True)
 @pytest.mark.parametrize("kind", [InPlace, Twice, Mixing, Sized])
-def test_graphs_that_cannot_simply_be_stacked(kind: Any, exact: bool) -> None:
+def test_graphs_that_cannot_simply_be_stacked(kind: Any, one_by_one: bool) -> None:
     """In-place operations, a quantizer called twice, samples that depend on each other, a size from far above."""
     model = build(kind, graph=True)
-    table = rank_channels(model, labelled(), exact=exact, progress=False)
-    assert_same(table, algorithm_3(model, labelled()), exact=exact)
+    table = rank_channels(model, labelled(), progress=False)
+    assert_same(table, algorithm_3(model, labelled()), exact=one_by_one)
 
 
 def test_segmentation() -> None:
@@ -55,23 +63,28 @@ def test_segmentation() -> None:
     assert_same(rank_channels(model, batches, progress=False), algorithm_3(model, batches), exact=False)
 
 
-@pytest.mark.parametrize("settings", [{"memory": 1}, {"memory": 20_000}, {"rows": 1}, {"rows": 7}])
-def test_little_memory_and_odd_passes_change_nothing(settings: dict[str, int]) -> None:
+@pytest.mark.parametrize("memory", [1, 20_000, 2**30])
+@pytest.mark.parametrize("rows", [1, 7, None])
+def test_little_memory_and_odd_passes_change_nothing(
+    memory: int, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rows is not None:
+        monkeypatch.setattr(stacking.Stack, "rows_per_pass", lambda self, memory: rows)
     model = build(graph=True)
-    table = rank_channels(model, labelled(), progress=False, **settings)
+    table = rank_channels(model, labelled(), progress=False, memory=memory)
     assert_same(table, algorithm_3(model, labelled()), exact=False)
 
 
 def test_little_memory_keeps_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
-    original = suffix.SuffixEvaluator.scores
+    original = prefix.PrefixEvaluator.scores
 
     def scores(self: Any, *args: Any) -> Any:
         found = original(self, *args)
         kept.append(len(self._cached))
         return found
 
-    monkeypatch.setattr(suffix.SuffixEvaluator, "scores", scores)
+    monkeypatch.setattr(prefix.PrefixEvaluator, "scores", scores)
     rank_channels(build(graph=True), labelled(), progress=False, memory=1)
     rank_channels(build(graph=True), labelled(), progress=False)
     assert kept == [0, 0, 3, 3]
@@ -108,8 +121,8 @@ def test_ties_of_accuracy_go_to_the_lower_loss_then_to_the_lower_index() -> None
 
 def test_near_ties_are_settled_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tolerance that takes in everything, every channel is scored again, and every number is exact."""
-    monkeypatch.setattr(suffix, "SAFETY", 1e9)
-    monkeypatch.setattr(stack, "SAFETY", 1e9)
+    monkeypatch.setattr(prefix, "SAFETY", 1e9)
+    monkeypatch.setattr(stacking, "SAFETY", 1e9)
     model = build(graph=True)
     assert_same(rank_channels(model, labelled(), progress=False), algorithm_3(model, labelled()), exact=True)
 
@@ -117,7 +130,7 @@ def test_near_ties_are_settled_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_samples_that_depend_on_each_other_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "dqa_plugins.ranking"):
         rank_channels(build(Mixing, graph=True), labelled(), progress=False)
-    assert "scoring exactly" in caplog.text
+    assert "scoring candidates one by one" in caplog.text
 
 
 def test_a_metric_of_the_users() -> None:

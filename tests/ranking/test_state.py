@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import DQA, iter_quantizers, rank_channels
-from dqa_plugins.ranking import CheckpointMismatch, RankTableError, suffix
+from dqa_plugins.ranking import CheckpointMismatch, RankTableError, prefix
 
 from .models import Tiny, build, labelled
 
@@ -43,11 +47,10 @@ class Stop(BaseException):
 
 def stopping_after(calls: int) -> Any:
     """A metric that raises after some calls."""
-    left = [calls]
+    left = iter(range(calls))  # where an iterator stands is no part of what a metric computes
 
     def metric(outputs: Tensor, targets: Tensor) -> Tensor:
-        left[0] -= 1
-        if left[0] < 0:
+        if next(left, None) is None:
             raise Stop
         return (outputs.argmax(1) == targets).double()
 
@@ -114,7 +117,7 @@ def test_interrupt_and_resume(graph: bool, tmp_path: Path, monkeypatch: pytest.M
 def test_resuming_the_stacked_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ranking.json"
     whole = rank_channels(build(graph=True), labelled(), progress=False)
-    original = suffix.SuffixEvaluator.scores
+    original = prefix.PrefixEvaluator.scores
 
     def interrupted(self: Any, index: int, *rest: Any) -> Any:
         if index == 1:
@@ -122,7 +125,7 @@ def test_resuming_the_stacked_search(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return original(self, index, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(suffix.SuffixEvaluator, "scores", interrupted)
+        patch.setattr(prefix.PrefixEvaluator, "scores", interrupted)
         with pytest.raises(KeyboardInterrupt):
             rank_channels(build(graph=True), labelled(), checkpoint=path, progress=False)
     assert rank_channels(build(graph=True), labelled(), checkpoint=path, progress=False) == whole
@@ -150,6 +153,96 @@ def test_checkpoints_of_something_else(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(RankTableError, match=r"ranking\.json"):
             rank_channels(build(), labelled(), checkpoint=path, progress=False)
+
+
+def top(k: int) -> Any:
+    return lambda z, t: (z.topk(k).indices == t[:, None]).any(1).double()
+
+
+def weighted(z: Tensor, t: Tensor, weight: float = 1.0) -> Tensor:
+    return weight * z[:, 0]
+
+
+class Weighted:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        return weighted(z, t, self.weight)
+
+
+# pairs that are one metric, then pairs that are two
+SAME = [
+    (None, None),
+    *[(make(1), make(1)) for make in (top, Weighted, lambda w: functools.partial(weighted, weight=w))],
+]
+OTHER = [
+    (lambda z, t: z[:, 0], lambda z, t: -z[:, 0]),
+    (lambda z, t: z.amax(1), lambda z, t: z.amin(1)),
+    (lambda z, t: weighted(z, t), lambda z, t, weight=2.0: weighted(z, t)),
+    *[(make(1), make(2)) for make in (top, Weighted, lambda w: functools.partial(weighted, weight=w))],
+]
+
+
+@pytest.mark.parametrize("number", range(len(SAME)))
+def test_a_checkpoint_resumes_with_the_same_metric(number: int, tmp_path: Path) -> None:
+    first, second = SAME[number]
+    table = rank_channels(build(), labelled(), metric=first, checkpoint=tmp_path / "m.json", progress=False)
+    assert rank_channels(build(), labelled(), metric=second, checkpoint=tmp_path / "m.json", progress=False) == table
+
+
+@pytest.mark.parametrize("number", range(len(OTHER)))
+def test_a_checkpoint_of_another_metric_of_the_same_name(number: int, tmp_path: Path) -> None:
+    first, second = OTHER[number]
+    rank_channels(build(), labelled(), metric=first, checkpoint=tmp_path / "m.json", progress=False)
+    with pytest.raises(CheckpointMismatch, match="other metric"):
+        rank_channels(build(), labelled(), metric=second, checkpoint=tmp_path / "m.json", progress=False)
+
+
+class Peaks(Tiny):
+    """`Tiny` with the largest position in place of the mean: the same layers and weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.q1(nn.functional.relu(self.conv1(x)))
+        x = self.q2(nn.functional.relu(x + self.conv2(x)))
+        return self.fc(x.amax((2, 3)))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_checkpoint_of_another_network_with_equal_weights(graph: bool, tmp_path: Path) -> None:
+    path = tmp_path / "n.json"
+    rank_channels(build(graph=graph), labelled(), checkpoint=path, progress=False)
+    dilated = build(graph=graph)
+    dilated.conv2.dilation = dilated.conv2.padding = (2, 2)
+    for other in (build(Peaks, graph=graph), dilated):
+        with pytest.raises(CheckpointMismatch, match="other model"):
+            rank_channels(other, labelled(), checkpoint=path, progress=False)
+
+
+IDENTITY = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.matrix import rooms
+from dqa_plugins import DQA
+from dqa_plugins.ranking.identity import digest
+model = rooms.ROOMS[{room!r}](dict.fromkeys(rooms.SITES.values(), DQA(bits=2)))
+print(digest([model, lambda z, t: z.size(1) in {{2, "a", "b", "c"}}]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ["fx", "pt2e", "brevitas", "nncf"])
+def test_another_process_has_the_same_identity(room: str) -> None:
+    """No address, no order of a set and no reused object is part of it."""
+    pytest.importorskip({"fx": "torch", "pt2e": "torchao"}.get(room, room))
+    code = IDENTITY.format(root=str(Path(__file__).parents[2]), room=room)
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True
+        ).stdout.splitlines()[-1]
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
 
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:

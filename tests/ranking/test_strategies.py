@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from dqa_plugins import DQA, ActivationQuantizer, Direct, iter_quantizers, rank_channels
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.ranking import MetricError, RankingError
+from tests.nets import build as build_net
+from tests.nets import inputs as net_inputs
 
 from .models import InPlace, Mixing, Segments, Tiny, Twice, build, images, labelled
 from .reference import direct
@@ -108,6 +111,30 @@ def test_error_is_what_an_unranked_quantizer_uses(method: DQA) -> None:
         assert len(table[name].scores) == 6
 
 
+@pytest.mark.parametrize("converted", [True, False])
+def test_predictions_reach_every_strategy(converted: bool) -> None:
+    """Where the graph hands a quantizer its predicted qparams, the strategies quantize with those."""
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    from dqa_plugins import QPP
+    from dqa_plugins.adapters.fx import get_qconfig_mapping
+
+    mapping = get_qconfig_mapping(DQA(bits=2, qparams=QPP(mode="paper", sites=("input",))), weight_bits=None)
+    x = net_inputs("residual", batch=40)
+    model = prepare_fx(build_net("residual"), mapping, x)
+    with torch.no_grad():
+        model(*x)
+        batches = [(x, build_net("residual")(*x).argmax(1))]
+    strategies: tuple[Any, ...] = ("taylor", "error", "greedy")
+    found = [
+        rank_channels(convert_fx(copy.deepcopy(model)), batches, strategy, progress=False) for strategy in strategies
+    ]
+    if not converted:
+        prepared = [rank_channels(model, batches, strategy, progress=False) for strategy in strategies]
+        assert [t.layers for t in prepared[::2]] == [t.layers for t in found[::2]]
+    assert all(max(layer.scores) > 0 for table in found for layer in table)
+
+
 def test_error_of_a_frozen_model_needs_batches() -> None:
     """Its calibration values are gone; the same data again gives the same errors (all of it was kept: 24 samples)."""
     model, frozen = build(), build()
@@ -139,7 +166,9 @@ def test_arguments() -> None:
         ({"batches": [images(4)]}, r"batch 0 is a Tensor.*\[\(inputs, targets\)\]"),
         ({"batches": [(images(4), 1, 2)]}, "batch 0"),
         ({"batches": labelled(), "memory": 0}, "memory=0"),
-        ({"batches": labelled(), "rows": 1.5}, "rows=1.5"),
+        ({"batches": [*labelled(), (images(0), torch.empty(0))]}, "batch 3 holds no samples"),
+        ({"batches": [((images(0),), torch.empty(0))], "strategy": "taylor"}, "batch 0 holds no samples"),
+        ({"batches": [({"x": images(0)}, None)]}, "batch 0 holds no samples"),
         ({"batches": labelled(), "strategy": "taylor", "checkpoint": "x"}, "checkpoint"),
     ]
     for arguments, message in cases:

@@ -67,8 +67,8 @@ def test_without_a_ratio_the_methods_own_counts() -> None:
     assert [int((extra > 0).sum()) for extra in applied(model)] == [4, 4]
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan"), True])
-def test_bad_ratios(ratio: float) -> None:
+@pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan"), True, "0.5", [0.5], 0.5j])
+def test_bad_ratios(ratio: Any) -> None:
     with pytest.raises(RankingError, match="ratio="):
         table(strategy="random").apply(build(graph=True), ratio=ratio)
 
@@ -100,6 +100,15 @@ DAMAGE: dict[str, Any] = {
     "too few scores": {"layers": [{"name": "a", "order": [0, 1], "scores": [1], "losses": None}]},
     "text for a number": {"layers": [{"name": "a", "order": [0], "scores": ["x"], "losses": None}]},
     "fractional channel": {"layers": [{"name": "a", "order": [0.5], "scores": [1], "losses": None}]},
+    "NaN": {"layers": [{"name": "a", "order": [0], "scores": [float("nan")], "losses": None}]},
+    "infinity": {"layers": [{"name": "a", "order": [0], "scores": [1], "losses": [float("inf")]}]},
+    "a number that no float holds": {"layers": [{"name": "a", "order": [0], "scores": [10**400], "losses": None}]},
+    "text for a list": {"layers": [{"name": "a", "order": [0, 1], "scores": "12", "losses": None}]},
+    "numbers as text": {"layers": [{"name": "a", "order": [0, 1], "scores": ["1", " 2 "], "losses": None}]},
+    "a layer without a name": {"layers": [{"name": None, "order": [0], "scores": [1], "losses": None}]},
+    "a strategy that is no text": {"strategy": {"x": 1}},
+    "strict that is no truth value": {"strict": 1},
+    "a version that is no integer": {"version": True},
     "a layer twice": {"layers": [{"name": "a", "order": [0], "scores": [1], "losses": None}] * 2},
     "no layers": {"layers": None},
 }
@@ -115,7 +124,7 @@ def test_damaged_files_are_refused(damage: str, tmp_path: Path) -> None:
         RankTable.load(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"null", b"[" * 100_000])
 def test_files_that_are_no_tables(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_bytes(content)
@@ -131,6 +140,12 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(RankTableError):
             RankTable.load(path)
+
+
+def test_scores_must_be_finite() -> None:
+    for scores in ((float("nan"), 0.0), (0.0, float("inf"))):
+        with pytest.raises(RankTableError, match="'a': scores must be finite"):
+            LayerRanks("a", (0, 1), scores)
 
 
 def test_reading_and_printing() -> None:

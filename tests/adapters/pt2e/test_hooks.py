@@ -56,7 +56,7 @@ def test_stock_quantizers_do_not_notice() -> None:
     """X86's model, prepared through the hooks, equals the one without."""
     outputs = []
     for wrapped in (True, False):
-        saved = {name: getattr(quantize_pt2e, name) for name in ("prepare", "_fuse_conv_bn_")}
+        saved = {name: getattr(quantize_pt2e, name) for name in ("prepare", "_fuse_conv_bn_", "_fuse_linear_bn_")}
         if not wrapped:
             for name, function in saved.items():
                 setattr(quantize_pt2e, name, function.__wrapped__)

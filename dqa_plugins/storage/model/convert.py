@@ -1,0 +1,265 @@
+"""prepare_stored and convert_stored: from a float model to one that holds its long-lived values as packed bytes.
+
+    prepared = prepare_stored(model, DQA(bits=3), example_inputs)
+    for x in calibration: prepared(x)
+    stored = convert_stored(prepared, coding="joint")
+
+The early reader of a value keeps the fresh float tensor, as in the DQA paper; late readers get the unpacked one. A
+shortcut that is subsampled before it is used (`x[:, :, ::2, ::2]`, a 1x1 convolution with a stride) is subsampled
+before it is stored.
+
+In a model that an adapter prepared or converted, a long-lived value that has a quantizer keeps it: its early reader
+reads the quantized value, as the adapter has it, and what is packed are the same codes. So the outputs stay those of
+the adapter's converted model.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ...errors import InvalidMethod, UncalibratedQuantizer
+from ...methods import Method, check_method
+from ...quantizer import ActivationQuantizer
+from ..format.codebook import check_coding
+from ..format.errors import NothingToStore, NotPackable
+from ..tables import build_codebook
+from .edges import Edge, LateRead, late_reads
+from .facts import (
+    add_module,
+    operation_name,
+    producer_axis,
+    quantized_source,
+    quantizer_of,
+    record_shapes,
+    site_names,
+    trace,
+)
+from .memory import follow_in_place, read_sizes_early
+from .sites import Pack, StoredSite, Unpack
+from .subsampling import Subsampling, read_subsample, subsampled, subsampling
+
+
+def prepare_stored(
+    model: nn.Module, method: Method, example_inputs: Any, min_lifetime: int = 1, *, skip: tuple[str, ...] = ()
+) -> GraphModule:
+    """Put a quantizer on every long-lived value.
+
+    Args:
+        model: any model that torch.fx can trace, or one prepared or converted by the FX or PT2E adapter. It is
+            not changed.
+        method: of the quantizers. Values that an adapter's quantizer stands on keep that one.
+        example_inputs: a tensor or a tuple of positional inputs, for the shapes.
+        min_lifetime: compute layers that must run between the making of a value and a late reader.
+        skip: site names to leave in float.
+
+    Returns:
+        a prepared model in the mode of `model`; calibrate it by running it. `stored_edges(prepared)` lists the edges.
+
+    Raises:
+        TraceFailed: torch.fx cannot trace the model.
+        NothingToStore: no value lives that long.
+        NotAMethod: `method` is not one.
+        InvalidMethod: min_lifetime is less than 1.
+        NotPackable: its parameters are predicted (QPP).
+    """
+    check_method(method, "prepare_stored")
+    if min_lifetime < 1:
+        raise InvalidMethod(f"prepare_stored: min_lifetime={min_lifetime}: at least 1 compute layer must lie between.")
+    if method.source == "predicted":
+        raise NotPackable("prepare_stored packs with qparams='static' or 'dynamic'; QPP is not supported there.")
+    traced = trace(copy.deepcopy(model))
+    follow_in_place(traced)
+    read_sizes_early(traced)
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    floats = {name for name, (_, dtype) in _shapes(traced, inputs).items() if dtype.is_floating_point}
+    names = site_names(traced)
+    late = late_reads(traced, min_lifetime, lambda node: node.name in floats and names[node] not in skip)
+    for node, reads in late.items():
+        _store(traced, node, reads, method, names[node])
+    if not stored_edges(traced):
+        raise NothingToStore(
+            f"{type(model).__name__} has no floating-point value that is read again after {min_lifetime} or more "
+            "compute layers ran. Lower min_lifetime, or quantize it with an adapter."
+        )
+    traced.graph.lint()
+    traced.recompile()
+    _describe(traced, inputs)
+    return traced
+
+
+def _store(model: GraphModule, node: Node, reads: list[LateRead], method: Method, name: str) -> None:
+    """Put a site behind `node`, and let the late readers read it.
+
+    Readers that subsample, and readers behind an operation that changes the value in place, get a site of their own.
+    """
+    origin, same_axes = quantized_source(node, model)
+    if origin is not None and not same_axes:
+        return  # its codes are another tensor's: a quantizer of its own would change them, so it stays as it is
+    existing = None if origin is None else quantizer_of(origin, model)
+    groups: dict[tuple[Node, str], tuple[Subsampling | None, list[LateRead]]] = {}
+    for read in reads:
+        if existing is not None and read.final is not node:
+            continue  # no longer what the quantizer made
+        how = subsampling(read.reader, node, model)
+        if existing is not None and how is not None and _cuts_channels(existing, how):
+            how = None
+        groups.setdefault((read.final, how.key if how else ""), (how, []))[1].append(read)
+    for number, ((final, _), (how, group)) in enumerate(groups.items()):
+        wanted = existing.name or name if existing is not None and origin is node else name
+        site_name = _free_name(model, f"{wanted}.{number}" if number else wanted, own=existing is None)
+        quantizer = existing or ActivationQuantizer(method, name=site_name, producer_axis=producer_axis(node, model))
+        edge = Edge(
+            name=site_name,
+            shape=(),
+            dtype=torch.float32,
+            lifetime=max(read.waited for read in group),
+            readers=tuple(operation_name(read.reader, model) for read in group),
+        )
+        target = add_module(model, f"stored_{name}", StoredSite(quantizer, edge))
+        arguments = _site_arguments(node, how, quantizer, origin)
+        with model.graph.inserting_after(max((*arguments, final), key=list(model.graph.nodes).index)):
+            site = model.graph.call_module(target, arguments)
+        for read in group:
+            current = subsampling(read.reader, node, model) if how else None
+            if current is None:
+                read.reader.replace_input_with(node, site)
+            else:
+                sized = None if origin is None else node.all_input_nodes[0] if origin is node else node
+                read_subsample(model, read.reader, node, current, site, sized)
+
+
+def _free_name(model: GraphModule, name: str, *, own: bool) -> str:
+    """A site name that no stored value has, nor, if the site gets a quantizer of its own, any quantizer."""
+    taken = {edge.name for edge in stored_edges(model)}
+    if own:
+        taken |= {m.name for m in model.modules() if isinstance(m, ActivationQuantizer)}
+    names = itertools.chain([name, f"{name}.stored"], (f"{name}.stored.{k}" for k in itertools.count(1)))
+    return next(free for free in names if free not in taken)
+
+
+def _site_arguments(
+    node: Node, how: Subsampling | None, quantizer: ActivationQuantizer, origin: Node | None
+) -> tuple[Node, ...]:
+    """What a site is called with, see `StoredSite.forward`.
+
+    Args:
+        origin: the adapter's quantizer of the value: `node` itself, or what it was made from.
+    """
+    if origin is None:
+        return (node if how is None else subsampled(node, how, node),)
+    source = origin.all_input_nodes[0]
+    quantized = node if how is None else subsampled(node, how, node)
+    value = quantized
+    if origin is node:  # what the adapter's quantizer was given
+        value = source if how is None else subsampled(source, how, quantized)
+    other = how is not None or origin is not node
+    return (value, quantized, source) if other and quantizer.method.source == "dynamic" else (value, quantized)
+
+
+def _cuts_channels(quantizer: ActivationQuantizer, how: Subsampling) -> bool:
+    """Whether a subsample may have other channels than the quantizer knows."""
+    return quantizer.uses_channels and (quantizer.channel_axis < 0 or quantizer.channel_axis in how.axes)
+
+
+class _First(nn.Module):
+    def forward(self, x: Any, *_: Any) -> Any:
+        return x
+
+
+@torch.no_grad()
+def _shapes(model: GraphModule, inputs: tuple[Any, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor by its node's name, found on a copy: statistics stay untouched."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():  # not eval(), which exported models refuse
+        module.training = False
+    for target, module in list(twin.named_children()):
+        if isinstance(module, StoredSite):
+            setattr(twin, target, _First())
+    return {node.name: found for node, found in record_shapes(twin, inputs).items()}
+
+
+def _describe(model: GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Write shape and dtype of every site into its edge."""
+    found = _shapes(model, inputs)
+    for node in model.graph.nodes:
+        site = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(site, StoredSite) and node.name in found:
+            shape, dtype = found[node.name]
+            site.edge = replace(site.edge, shape=shape, dtype=dtype)
+
+
+def stored_edges(model: nn.Module) -> list[Edge]:
+    """The long-lived values of a prepared or converted model, in order of execution."""
+    if not isinstance(model, GraphModule):
+        return []
+    modules = (model.get_submodule(str(n.target)) for n in model.graph.nodes if n.op == "call_module")
+    return [m.edge for m in modules if isinstance(m, StoredSite | Pack)]
+
+
+def convert_stored(prepared: GraphModule, coding: str = "joint") -> GraphModule:
+    """Freeze the quantizers, and pack every long-lived value when it is made.
+
+    The float tensor is freed once its early readers are done; it is unpacked right before each late reader.
+
+    Args:
+        prepared: from `prepare_stored`, calibrated. It is not changed. If an adapter had prepared the model before,
+            the adapter's own conversion is run as well.
+        coding: "none", "shift_error", "joint" or "auto", see `pack`.
+
+    Returns:
+        the converted model. Its outputs equal those of the fake-quantized model: of the adapter's converted model,
+        where there was an adapter.
+
+    Raises:
+        UnknownCoding, UncalibratedQuantizer, NothingToStore.
+    """
+    check_coding(coding)
+    if not any(isinstance(m, StoredSite) for m in prepared.modules()):
+        raise NothingToStore("convert_stored takes what prepare_stored returned; this model has no stored values.")
+    model = copy.deepcopy(prepared)
+    for module in prepared.modules():
+        convert_host = getattr(type(module), "convert_host", None)
+        if convert_host is not None:  # an observer of an adapter
+            model = convert_host(model)
+            break
+    order = {node: i for i, node in enumerate(model.graph.nodes)}
+    for node in list(model.graph.nodes):
+        site = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(site, StoredSite):
+            continue
+        quantizer, samples = site.quantizer, site.samples
+        if samples is None and coding != "none":
+            raise UncalibratedQuantizer(
+                f"{quantizer.label} was converted without having seen data. Run the prepared model on calibration "
+                "batches first."
+            )
+        quantizer.freeze()
+        setattr(model, str(node.target), Pack(quantizer, build_codebook(quantizer, coding, samples), site.edge))
+        _drop_quantized(node)
+        unpack = add_module(model, f"{node.target}_unpack", Unpack())
+        for user in sorted(node.users, key=order.__getitem__):
+            with model.graph.inserting_before(user):
+                unpacked = model.graph.call_module(unpack, (node,))
+            user.replace_input_with(node, unpacked)
+    model.graph.lint()
+    model.recompile()
+    return model
+
+
+def _drop_quantized(node: Node) -> None:
+    """What the adapter's quantizer made is not packed, but the value that it was made from."""
+    if len(node.args) < 2:
+        return
+    dead: Any = node.args[1]
+    node.args = (node.args[0], *node.args[2:])
+    while not dead.users and dead.op == "call_function":  # the subsample of it
+        before = dead.all_input_nodes[0]
+        node.graph.erase_node(dead)
+        dead = before
