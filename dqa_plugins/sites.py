@@ -13,19 +13,7 @@ from .graph.names import SiteNames
 if TYPE_CHECKING:
     from .quantizer import ActivationQuantizer
 
-__all__ = ["ELEMENTWISE", "LAST_AXIS_PRODUCERS", "SiteNames", "default_channel_axis", "iter_quantizers"]
-
-# For the rooms and parts that find axes by themselves (Brevitas, storage).
-LAST_AXIS_PRODUCERS = frozenset(
-    "Linear LayerNorm Embedding linear layer_norm embedding matmul bmm baddbmm addmm "
-    "scaled_dot_product_attention".split()
-)
-# Behind these the channels are where they were before: look further up.
-ELEMENTWISE = frozenset(
-    "add iadd mul imul sub isub truediv relu relu_ relu6 gelu silu hardswish sigmoid tanh softmax dropout layer_norm "
-    "clamp hardtanh contiguous leaky_relu elu ReLU ReLU6 GELU SiLU Hardswish Sigmoid Tanh Softmax Dropout Identity "
-    "Hardtanh LeakyReLU ELU".split()
-)
+__all__ = ["SiteNames", "default_channel_axis", "iter_quantizers"]
 
 
 def _plain_path(path: str) -> str:
