@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .graph.axes import default_channel_axis
-from .graph.names import SiteNames
-
-if TYPE_CHECKING:
-    from .quantizer import ActivationQuantizer
-
-__all__ = ["SiteNames", "default_channel_axis", "iter_quantizers"]
+from .quantizer import ActivationQuantizer
 
 
 def _plain_path(path: str) -> str:
@@ -30,8 +23,6 @@ def iter_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer
     Yields:
         (site name, quantizer), each quantizer once.
     """
-    from .quantizer import ActivationQuantizer
-
     found: list[tuple[tuple[float, int], str, ActivationQuantizer]] = []
     for position, (path, module) in enumerate(model.named_modules()):
         if isinstance(module, ActivationQuantizer):
