@@ -25,13 +25,17 @@ try:
 except ImportError as error:
     raise missing("brevitas", "brevitas", "dqa_plugins.adapters.brevitas") from error
 
+from dqa_plugins.host.weights import install_reader, quantized_weights
+
 from .config import DenseSparseAct, DirectAct, DQAAct, NoisyQuantAct, get_act_quant
 from .convert import start_qat
 from .hooks import install
 from .place import substitute_layers
 from .proxy import PluginActProxy
+from .weights import read_weights
 
 install()
+install_reader("brevitas", read_weights)
 
 __all__ = [
     "DQAAct",
@@ -40,6 +44,7 @@ __all__ = [
     "NoisyQuantAct",
     "PluginActProxy",
     "get_act_quant",
+    "quantized_weights",
     "start_qat",
     "substitute_layers",
 ]

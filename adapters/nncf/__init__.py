@@ -24,12 +24,16 @@ from .version import check_framework
 
 check_framework()
 
+from dqa_plugins.host.weights import install_reader, quantized_weights  # noqa: E402
+
 from .config import InvalidConfig  # noqa: E402 - the check comes before anything that stands on NNCF's internals
 from .convert import quantize  # noqa: E402
 from .hooks import register, unregister  # noqa: E402
 from .observer import NNCFQuantizer  # noqa: E402
 from .saving import ALLOWED_MODULES, load, save  # noqa: E402
-from .weights import bake_weights  # noqa: E402
+from .weights import bake_weights, read_weights  # noqa: E402
+
+install_reader("nncf", read_weights)
 
 __all__ = [
     "ALLOWED_MODULES",
@@ -38,6 +42,7 @@ __all__ = [
     "bake_weights",
     "load",
     "quantize",
+    "quantized_weights",
     "register",
     "save",
     "unregister",

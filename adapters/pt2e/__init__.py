@@ -8,10 +8,14 @@
 Importing this room installs its hooks into torchao (see `hooks`).
 """
 
+from dqa_plugins.host.weights import install_reader, quantized_weights
+
 from .config import PluginQuantizer
 from .hooks import install
 from .observer import PT2EObserver
+from .weights import read_weights
 
 install()
+install_reader("pt2e", read_weights)
 
-__all__ = ["PT2EObserver", "PluginQuantizer"]
+__all__ = ["PT2EObserver", "PluginQuantizer", "quantized_weights"]
