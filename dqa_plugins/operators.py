@@ -93,9 +93,11 @@ DEQUANTIZE = torch.ops.dqa_plugins.dequantize.default
 
 def fake_quantize(x: Tensor, grid: Grid, site: str) -> Tensor:
     """`grid.fake_quantize(x)` as one operator; it has no gradient."""
-    laid = isinstance(grid.low, Tensor) or isinstance(grid.high, Tensor)
-    low, high = (torch.as_tensor(v, dtype=grid.step.dtype) if laid else None for v in (grid.low, grid.high))
-    ends = [] if laid else [grid.low, grid.high]
+    low, high, ends = grid.low, grid.high, []
+    if isinstance(low, int) and isinstance(high, int):
+        low, high, ends = None, None, [low, high]
+    else:
+        low, high = (v if isinstance(v, Tensor) else torch.full_like(grid.step, v) for v in (low, high))
     found: Tensor = FAKE_QUANTIZE(
         x, grid.step, grid.divisor, grid.zero_point, grid.bias, low, high, ends, list(grid.keep or ()), site
     )

@@ -30,10 +30,7 @@ _PLAIN: tuple[type[nn.Module], ...] = (
 def read_weights(model: nn.Module) -> Iterator[WeightSite]:
     """The weight of every reference module."""
     for path, module in list(model.named_modules()):
-        if (
-            callable(getattr(module, "get_quantized_weight", None))
-            and ".quantized.reference" in type(module).__module__
-        ):
+        if ".quantized.reference" in type(module).__module__ and hasattr(module, "get_quantized_weight"):
             weight = _weight(module)
             if weight is not None:
                 yield WeightSite(f"{path}.weight", weight, _replacement(model, path, module, weight))

@@ -34,7 +34,7 @@ def read_weights(model: nn.Module) -> Iterator[WeightSite]:
                 if name in taken:  # a layer with several weights, or one that is called again
                     name = f"{name}.{node.name}"
                 taken.add(name)
-                yield WeightSite(name, weight, _replacement(graph, node, weight))
+                yield WeightSite(name, weight, _replacement(graph, node, weight, name))
 
 
 def _constant(graph: GraphModule, argument: Any) -> Any:
@@ -88,16 +88,16 @@ def _plain_path(path: str) -> str:
     return path.removeprefix("L['self'].").removeprefix("L__self___")
 
 
-def _replacement(graph: GraphModule, node: Node, weight: QuantizedWeight) -> Callable[[], None]:
+def _replacement(graph: GraphModule, node: Node, weight: QuantizedWeight, name: str) -> Callable[[], None]:
     def replace() -> None:
         arguments = []
         for part in ("codes", "scale", "zero_point"):
-            name = f"{node.name}_{part}"
-            while hasattr(graph, name):
-                name += "_"
-            graph.register_buffer(name, getattr(weight, part))
+            stored = f"{name.replace('.', '_')}_{part}"
+            while hasattr(graph, stored):
+                stored = f"_{stored}"
+            graph.register_buffer(stored, getattr(weight, part))
             with graph.graph.inserting_before(node):
-                arguments.append(graph.graph.get_attr(name))
+                arguments.append(graph.graph.get_attr(stored))
         with graph.graph.inserting_before(node):
             ours = graph.graph.call_function(DEQUANTIZE, (*arguments, weight.axis, weight.dtype))
         ours.meta = dict(node.meta)
