@@ -93,13 +93,14 @@ DEQUANTIZE = torch.ops.dqa_plugins.dequantize.default
 
 def fake_quantize(x: Tensor, grid: Grid, site: str) -> Tensor:
     """`grid.fake_quantize(x)` as one operator; it has no gradient."""
-    low, high, ends = grid.low, grid.high, []
-    if isinstance(low, int) and isinstance(high, int):
-        low, high, ends = None, None, [low, high]
+    laid: list[Tensor | None] = [None, None]
+    ends: list[int] = []
+    if isinstance(grid.low, int) and isinstance(grid.high, int):
+        ends = [grid.low, grid.high]
     else:
-        low, high = (v if isinstance(v, Tensor) else torch.full_like(grid.step, v) for v in (low, high))
+        laid = [v if isinstance(v, Tensor) else torch.full_like(grid.step, v) for v in (grid.low, grid.high)]
     found: Tensor = FAKE_QUANTIZE(
-        x, grid.step, grid.divisor, grid.zero_point, grid.bias, low, high, ends, list(grid.keep or ()), site
+        x, grid.step, grid.divisor, grid.zero_point, grid.bias, *laid, ends, list(grid.keep or ()), site
     )
     return found
 

@@ -16,7 +16,7 @@ from dqa_plugins.host.weights import QuantizedWeight, WeightSite, hold
 def read_weights(model: nn.Module) -> Iterator[WeightSite]:
     """The weight of every layer that quantizes it to integers of at most 8 bits."""
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, QuantWeightMixin) and layer.weight_quant.is_quant_enabled:  # type: ignore[attr-defined]
+        if isinstance(layer, QuantWeightMixin) and layer.weight_quant.is_quant_enabled:
             weight = _weight(layer)
             if weight is not None:
                 name = f"{path}.weight" if path else "weight"

@@ -33,7 +33,14 @@ def read_weights(model: nn.Module) -> Iterator[WeightSite]:
         if ".quantized.reference" in type(module).__module__ and hasattr(module, "get_quantized_weight"):
             weight = _weight(module)
             if weight is not None:
-                yield WeightSite(f"{path}.weight", weight, _replacement(model, path, module, weight))
+                yield WeightSite(f"{_layer(model, path)}.weight", weight, _replacement(model, path, module, weight))
+
+
+def _layer(model: nn.Module, path: str) -> str:
+    """The layer's path before FX fused it with what follows (`conv.0` of a ConvReLU2d is `conv`)."""
+    parent, _, name = path.rpartition(".")
+    fused = name == "0" and ".intrinsic." in type(model.get_submodule(parent)).__module__
+    return parent if fused else path
 
 
 @torch.no_grad()

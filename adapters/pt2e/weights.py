@@ -57,7 +57,7 @@ def _weight(target: str, values: list[Any], node: Node) -> QuantizedWeight | Non
     codes, scale, zero_point = values[:3]
     if codes.dtype not in (torch.int8, torch.uint8):
         return None
-    dtype = node.kwargs.get("out_dtype") or torch.float32
+    dtype: Any = node.kwargs.get("out_dtype") or torch.float32
     # as_tensor: in the graph a scale of a whole tensor is a number, which multiplies a float32 tensor as float32
     scale = torch.as_tensor(scale, dtype=torch.float32)
     zero_point = torch.as_tensor(0 if zero_point is None else zero_point)

@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer
+from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.host.weights import weight_sites
 from dqa_plugins.operators import DEQUANTIZE, FAKE_QUANTIZE, grid_of
 from dqa_plugins.sites import iter_quantizers
@@ -45,7 +45,15 @@ def exportable(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     Raises:
         UncalibratedQuantizer: a quantizer is not frozen; the model was not converted.
+        UnsupportedCombination: the model packs activations into bytes.
     """
+    for path, module in model.named_modules():
+        # asked by name: importing storage would compile its kernels
+        if type(module).__module__.startswith("dqa_plugins.storage."):
+            raise UnsupportedCombination(
+                f"'{path}' packs a stored activation into bytes ({type(module).__name__}), which no export format has. "
+                "Export the model without stored activations: quantize it with an adapter."
+            )
     for name, quantizer in iter_quantizers(model):
         if quantizer.state != "frozen":
             raise UncalibratedQuantizer(
@@ -94,7 +102,9 @@ def make_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool =
         dqa_plugins::dequantize nodes that read integer buffers. It runs where this package is imported.
 
     Raises:
-        UncalibratedQuantizer, ExportFailed.
+        UncalibratedQuantizer: a quantizer is not frozen.
+        UnsupportedCombination: the model packs activations into bytes.
+        ExportFailed: torch.export failed.
     """
     inputs = as_inputs(example_inputs)
     shapes, inputs = _dynamic_shapes(inputs, dynamic_batch)
@@ -106,7 +116,11 @@ def make_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool =
     try:
         return _traced(ready, inputs, shapes)
     except Exception as error:
-        raise _failure("torch.export failed", error, "If the batch size is fixed inside the model, give ") from error
+        reason = str(error).strip().splitlines()
+        raise ExportFailed(
+            f"torch.export failed: {type(error).__name__}: {reason[0] if reason else ''}. If the batch size is fixed "
+            "inside the model, give dynamic_batch=False."
+        ) from error
 
 
 def _traced(ready: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
@@ -120,11 +134,6 @@ def _traced(ready: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
             # a model that torch.export made keeps the range of its own batch dimension: take it as it is
             open_range = torch.utils._pytree.tree_map_only(torch.export.Dim, lambda _: torch.export.Dim.DYNAMIC, shapes)
             return torch.export.export(ready, inputs, dynamic_shapes=open_range)
-
-
-def _failure(what: str, error: Exception, way_out: str) -> ExportFailed:
-    reason = str(error).strip().splitlines()
-    return ExportFailed(f"{what}: {type(error).__name__}: {reason[0] if reason else ''}. {way_out}dynamic_batch=False.")
 
 
 def to_exported_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> ExportedProgram:
@@ -209,10 +218,10 @@ class _Expansion:
     def _fold(self, node: Node) -> Node:
         """A float constant, under the name of the parameter, for a dequantize of constants."""
         codes: Any = node.args[0]
-        with self.graph.inserting_before(codes):
-            weight = self.graph.placeholder(f"{codes.name}_dequantized")
-        weight.meta = {key: value for key, value in node.meta.items() if key in ("val", "tensor_meta")}
         name = parameter_name(str(self.specs[codes.name].target))
+        with self.graph.inserting_before(codes):
+            weight = self.graph.placeholder(f"b_{name.replace('.', '_')}")
+        weight.meta = {key: value for key, value in node.meta.items() if key in ("val", "tensor_meta")}
         self.state[name] = DEQUANTIZE(*(constant_of(self.program, a) for a in node.args[:3]), *node.args[3:])
         self.specs[weight.name] = InputSpec(InputKind.BUFFER, TensorArgument(weight.name), name, True)
         return self._reuse(node, weight)
