@@ -193,6 +193,8 @@ class _Expansion:
         self.program = program
         self.module = copy.copy(program.graph_module)
         self.module.graph = self.graph = copy.deepcopy(program.graph)
+        for node, original in zip(self.graph.nodes, program.graph.nodes, strict=True):
+            node.name = original.name  # a copy does not take names of builtins, such as `input`
         self.state: dict[str, Any] = dict(program.state_dict)
         self.renamed: dict[str, str] = {}
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}

@@ -16,7 +16,9 @@ from dqa_plugins.export import make_program, to_exported_program
 from dqa_plugins.host.weights import QuantizedWeight, install_reader, quantized_weights
 from dqa_plugins.operators import DEQUANTIZE
 
-CASES = [(room, scheme, bits) for room in ("fx", "pt2e", "brevitas") for scheme in ("channel", "tensor") for bits in (8, 3)]
+CASES = [
+    (room, scheme, bits) for room in ("fx", "pt2e", "brevitas") for scheme in ("channel", "tensor") for bits in (8, 3)
+]
 CASES += [("pt2e, not folded", "channel", 4), ("nncf", "channel", 8), ("nncf", "tensor", 8)]
 CASES += [("nncf, asymmetric", "channel", 8), ("nncf, asymmetric", "tensor", 8)]
 WIDTHS = {"conv": (6, 3, 3, 3), "up": (6, 4, 2, 2), "fc": (5, 64)}
