@@ -16,7 +16,7 @@ from dqa_plugins import DQA, DenseSparse, Direct
 from dqa_plugins.errors import ExportFailed, UnsupportedCombination
 from dqa_plugins.export import onnxruntime_session, to_exported_program, to_onnx
 from tests.export.test_parity import frozen
-from tests.export.test_weights import data, fx, pt2e
+from tests.export.test_weights import data, fx
 
 HERE = str(Path(__file__).parents[2]).encode()
 
@@ -79,9 +79,7 @@ def test_files_hold_no_paths_and_have_the_same_bytes(tmp_path: Path) -> None:
         first, second = (to_onnx(model, data(), tmp_path / f"{form}{k}.onnx", form=form) for k in (1, 2))
         content = first.read_bytes()
         assert content == second.read_bytes()
-        assert not [
-            word for word in (b"stack_trace", b'File "', b".py", str(Path.home()).encode() + b"/") if word in content
-        ]
+        assert not [word for word in (b"stack_trace", b'File "', b".py", HERE) if word in content]
     torch.export.save(to_exported_program(model, data()), tmp_path / "model.pt2")
     content = (tmp_path / "model.pt2").read_bytes()
     assert not [word for word in (b'File "', b'.py"', HERE) if word in content]
@@ -106,45 +104,44 @@ assert not any(name.split(".")[0] == "dqa_plugins" for name in sys.modules)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
-@pytest.mark.parametrize("fold", [True, False], ids=["folded", "not folded"])
-def test_linear_layers_of_pt2e_keep_float_weights(fold: bool, tmp_path: Path) -> None:
-    """DequantizeLinear in front of a MatMul is fused by ONNX Runtime to MatMulNBits with int8 activations."""
-    model = pt2e("channel", 8, fold)
-    path = to_onnx(model, data(), tmp_path / "model.onnx")
-    assert not {"DequantizeLinear", "QuantizeLinear"} & {node.op_type for node in onnx.load(path).graph.node}
-    x = data(16, seed=3)
-    with torch.no_grad():
-        expected = model(x)
-    assert float((onnxruntime_session(path)(x)[0] - expected).abs().max()) <= 1e-5
-
-
 class Wide(nn.Module):
-    """A Linear as large as OpenVINO wants one to be before it quantizes its input."""
+    """A Linear on tokens, (B, L, C): a MatMul, not a Gemm, in ONNX."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(256, 256)
+        self.fc = nn.Linear(64, 32)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x)
 
 
-def test_openvino_does_not_quantize_linear_layers_again() -> None:
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "not folded"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_linear_layers_of_pt2e_keep_float_weights(backend: str, fold: bool, tmp_path: Path) -> None:
+    """Behind DequantizeLinear both compute with int8 activations: 11% of the outputs were a step off.
+
+    ONNX Runtime fuses it with the MatMul to MatMulNBits, OpenVINO quantizes the input dynamically.
+    """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     from dqa_plugins.adapters.pt2e import PluginQuantizer
     from dqa_plugins.export.openvino import F32, require_openvino, to_openvino
 
     torch.manual_seed(0)
-    x = torch.randn(64, 256)
+    x = torch.randn(16, 24, 64)
     prepared = prepare_pt2e(
         torch.export.export(Wide().eval(), (x,)).module(), PluginQuantizer().set_global(Direct(bits=8))
     )
     prepared(x)
-    model = convert_pt2e(prepared)
-    assert F32["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "0"
-    compiled = require_openvino().compile_model(to_openvino(model, x, dynamic_batch=False), "CPU", F32)
-    found = torch.from_numpy(compiled([x.numpy()])[0])
+    model = convert_pt2e(prepared, fold_quantize=fold)
+    if backend == "onnxruntime":
+        path = to_onnx(model, x, tmp_path / "model.onnx", dynamic_batch=False)
+        assert "DequantizeLinear" not in {node.op_type for node in onnx.load(path).graph.node}
+        found = onnxruntime_session(path)(x)[0]
+    else:
+        assert F32["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "0"
+        compiled = require_openvino().compile_model(to_openvino(model, x, dynamic_batch=False), "CPU", F32)
+        found = torch.from_numpy(compiled([x.numpy()])[0])
     with torch.no_grad():
         expected = model(x)
     step = expected.unique().diff().min()
