@@ -17,7 +17,8 @@ from torch import nn
 
 from dqa_plugins.errors import ExportFailed, missing
 
-from .program import expand, make_program
+from .expand import expand
+from .program import make_program
 from .qdq import qdq_forms
 
 MIN_OPSET, MAX_OPSET = 18, 23
@@ -109,7 +110,7 @@ def write_onnx(program: Any, path: Path, opset: int = 21) -> Path:
     It is written in a new folder beside the file and moved into place: no other file is touched.
 
     Args:
-        program: of `program.expand`.
+        program: of `expand`.
         path: of `target`.
 
     Raises:

@@ -22,7 +22,7 @@ from dqa_plugins.grid import Grid
 from dqa_plugins.operators import FAKE_QUANTIZE, grid_of
 from dqa_plugins.rounding import code_range
 
-from .program import calls, constant_of
+from .expand import calls, constant_of
 
 _ONNX_TYPE = {(4, True): 22, (4, False): 21, (8, True): 3, (8, False): 2}  # onnx.TensorProto: INT4, UINT4, INT8, UINT8
 _TORCH_TYPE = {True: torch.int8, False: torch.uint8}
@@ -47,7 +47,7 @@ def unsupported(grid: Grid | None) -> str | None:
 
 
 def qdq_forms(program: ExportedProgram, opset: int) -> Callable[..., Tensor]:
-    """What `program.expand` shall make of the fake_quantize calls: QuantizeLinear and DequantizeLinear.
+    """What `expand` shall make of the fake_quantize calls: QuantizeLinear and DequantizeLinear.
 
     Args:
         program: of `make_program`.
@@ -60,9 +60,7 @@ def qdq_forms(program: ExportedProgram, opset: int) -> Callable[..., Tensor]:
     for node in calls(program, FAKE_QUANTIZE):
         x, *arguments, site = node.args
         values = tree_map_only(Node, lambda argument: constant_of(program, argument), arguments)
-        static = len([v for v in tree_leaves(values) if v is not None]) == len(
-            [a for a in tree_leaves(arguments) if a is not None]
-        )
+        static = all(constant_of(program, a) is not None for a in tree_leaves(arguments) if isinstance(a, Node))
         grid = grid_of(*values) if static else None
         reason = unsupported(grid)
         if grid is None or reason:

@@ -18,9 +18,10 @@ from torch.export import ExportedProgram
 
 from dqa_plugins.errors import UnsupportedCombination, missing
 
+from .expand import expand
 from .onnx import write_onnx
 from .openvino import F32, read_onnx, require_openvino
-from .program import expand, make_program
+from .program import make_program
 
 Runner = Callable[..., list[Tensor]]
 
