@@ -233,8 +233,9 @@ def read_weights(model: nn.Module) -> Iterator[WeightSite]:
             continue
         found: dict[str, list[tuple[str, Any]]] = {}
         for hook, module in get_hook_storage(wrapped).named_hooks():
-            if isinstance(module, _Exportable) and module.weight_name:
-                found.setdefault(module.weight_name, []).append((hook, module))
+            # a quantizer that several weights share says at none of its hooks which one it reads: they stay as they are
+            if isinstance(module, _Exportable) and len(module.weight_names) == 1:
+                found.setdefault(module.weight_names[0], []).append((hook, module))
         for name, hooks in found.items():
             try:
                 _baked(name, [module for _, module in hooks], wrapped)
