@@ -107,7 +107,7 @@ class Forwards:
     Args:
         inputs: (site, mode) of the model's inputs that are sites.
         augmentation: calibration runs each batch again with what this makes of it; None: once.
-        calibrating: samples are numbered, for calibration.
+        calibrating: samples are numbered, until no predicted quantizer of the model observes any more.
     """
 
     def __init__(
@@ -172,9 +172,9 @@ class Forwards:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = current()
         nested = session is not None and session.augmented
-        if (
-            self.calibrating and self.count == 0
-        ):  # calibration may have begun elsewhere: in another process, in the original of a copy
+        self.calibrating = self.calibrating and observes(model)
+        if self.calibrating and self.count == 0:
+            # calibration may have begun elsewhere: in another process, in the original of a copy
             rows = [m.predictor.record.samples for m in predicted_quantizers(model)]
             self.next_sample = max((int(samples.max()) + 1 for samples in rows if len(samples)), default=0)
         self.start(positional(model, args, kwargs), augmented=nested)
