@@ -11,7 +11,6 @@ neighbour of a sentence stays the same.
 from __future__ import annotations
 
 import inspect
-import warnings
 
 import torch
 from sklearn.utils import all_estimators
@@ -20,6 +19,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from examples.networks.minilm import minilm
+from examples.quiet import quiet_hosts
 
 
 def sentences(count: int) -> list[str]:
@@ -36,7 +36,7 @@ def nearest(embeddings: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    warnings.simplefilter("ignore")
+    quiet_hosts()
     model, tokenize = minilm()
     ids, mask = tokenize(sentences(132))
     calibration, test = (ids[:32], mask[:32]), (ids[32:], mask[32:])

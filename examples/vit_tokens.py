@@ -7,8 +7,6 @@ Real digits, offline, under a minute. Dense+Sparse keeps the outliers of the res
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -17,10 +15,11 @@ from dqa_plugins.adapters.fx import get_qconfig_mapping
 from examples.networks import load
 from examples.networks.digits import calibration_subset, load_split
 from examples.networks.scores import accuracy
+from examples.quiet import quiet_hosts
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
+    quiet_hosts()
     model, _ = load("vit")
     split = load_split()
     calibration, _ = calibration_subset(split, 256)
