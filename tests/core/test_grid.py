@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -212,3 +213,13 @@ def test_a_state_that_no_calibration_gives_is_refused(name: str, value: float) -
     with pytest.raises(StateMismatch, match=name):
         quantizer.load_state_dict(state)
     assert_exact(quantizer(x), before)
+
+
+@pytest.mark.parametrize("step", [0.1, 0.3, 0.7, 1 / 3])
+def test_codes_are_quotients(step: float) -> None:
+    """x / step, rounded once: times the inverse of the step is a code off where the quotient is a tie, or close to one."""
+    width = torch.tensor(step)
+    x = (torch.arange(-4000, 4000) + 0.5) * width
+    wanted = torch.from_numpy(np.rint(x.numpy() / width.numpy())).int()
+    assert torch.equal(Grid(width, -(2**15), 2**15).codes(x), wanted)
+    assert not torch.equal(torch.round(x * (1 / width)).int(), wanted)  # the values tell the two apart
