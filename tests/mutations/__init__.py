@@ -67,6 +67,7 @@ def mutate(mutation: Mutation, root: Path) -> None:
 
 def all_mutations() -> list[Mutation]:
     """Of every part."""
-    from . import core
+    from . import core, placement, qpp, ranking, storage
 
-    return [mutation for part in (core.PART,) for mutation in part.mutations]
+    parts = (core.PART, *placement.PARTS, storage.PART, ranking.PART, qpp.PART)
+    return [mutation for part in parts for mutation in part.mutations]

@@ -12,11 +12,14 @@ from .run import run
 def main() -> int:
     """Exit status 1 if a mutation survives."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="parts of the names of the mutations to run; default: all")
+    parser.add_argument("names", nargs="*", help="names of the mutations to run, or parts of names; default: all")
     parser.add_argument("--list", action="store_true", help="name the mutations and stop")
     parser.add_argument("--jobs", type=int, default=2, help="at a time, one thread each")
     options = parser.parse_args()
-    chosen = [m for m in all_mutations() if not options.names or any(part in m.name for part in options.names)]
+    everything = all_mutations()
+    chosen = [m for m in everything if m.name in options.names] or [
+        m for m in everything if not options.names or any(part in m.name for part in options.names)
+    ]
     if options.list:
         print("\n".join(m.name for m in chosen))
         return 0
