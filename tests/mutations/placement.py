@@ -46,6 +46,14 @@ add(
     '("changes", "1", False, "maxpool1d',
 )
 
+add(
+    "recording leaves statistics behind",
+    "record.py",
+    "                buffer.detach().copy_(before)\n",
+    "                pass\n",
+    "host/test_plumbing.py",
+)
+
 add = HOST.add
 add(
     "pooling shares its input's range",
@@ -95,13 +103,6 @@ add(
     "convert.py",
     "return None if layer is None else weight_rows(layer, model)",
     "return None",
-)
-add(
-    "recording leaves statistics behind",
-    "record.py",
-    "                buffer.detach().copy_(before)\n",
-    "                pass\n",
-    "host/test_plumbing.py",
 )
 add("skip takes a string", "skip.py", "    if isinstance(skip, str):", "    if False:", "adapters/fx/test_bad_input.py")
 add(
