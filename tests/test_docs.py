@@ -75,3 +75,16 @@ def test_quick_runs_folders_that_exist() -> None:
     assert paths
     for path in paths[1].split():
         assert (ROOT / path).exists(), path
+
+
+def test_the_same_checks_run_everywhere() -> None:
+    """Before a commit and in hosted CI as in `make check` and .ci/run."""
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    before = (ROOT / ".pre-commit-config.yaml").read_text()
+    for line in recipe[1].splitlines():
+        command = line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .")
+        assert f"entry: {command}" in before, command
+    hosted = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert "run: .ci/run" in hosted
+    assert not re.search(r"uses: \S+@(?!v\d+\.\d+\.\d+$)", hosted, re.MULTILINE)  # pinned
