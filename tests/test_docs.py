@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from .test_structure import files, imports
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["CONTRIBUTING.md", "docs/architecture.md"]
 pages = pytest.mark.parametrize("page", PAGES)
@@ -55,12 +57,36 @@ def test_modules_and_names_exist(page: str) -> None:
         assert found is not None, f"{page} names {name}"
 
 
-def test_files_named_by_themselves_exist() -> None:
-    """In the diagram of the architecture: `source.py`, `kernels/`."""
+def drawn() -> tuple[dict[str, str], set[tuple[str, str]]]:
+    """Of the diagram in the architecture: {node: file or folder}, and the arrows between them."""
     diagram = re.search(r"```mermaid\n(.*?)```", text_of("docs/architecture.md"), re.DOTALL)
     assert diagram
-    for name in re.findall(r"(?<=[\s\"])(\w+\.py|\w+/)", diagram[1]):
+    labels = dict(re.findall(r"(\w+)\[\"([\w./]+):", diagram[1]))
+    arrows = re.findall(r"^\s*(\w+)(?:\[.*?\])? --> (\w+)", diagram[1], re.MULTILINE)
+    return labels, {(labels[a], labels[b]) for a, b in arrows}
+
+
+def imported() -> set[tuple[str, str]]:
+    """(file or folder that imports, file or folder imported), as the diagram calls them."""
+
+    def part(name: str) -> str:
+        first = name.split(".")[1]
+        return f"{first}.py" if (ROOT / "dqa_plugins" / f"{first}.py").exists() else f"{first}/"
+
+    known = files()
+    pairs = {(name, other) for name, path in known.items() for other in imports(name, path, set(known))}
+    inner = {(a, b) for a, b in pairs if a.count(".") and b.startswith("dqa_plugins.")}
+    return {(part(a), part(b)) for a, b in inner if part(a) != part(b)}
+
+
+def test_the_diagram_is_what_the_code_imports() -> None:
+    """Every arrow is an import; between folders every import is an arrow."""
+    labels, arrows = drawn()
+    for name in labels.values():
         assert (ROOT / "dqa_plugins" / name).exists(), name
+    assert arrows <= imported(), arrows - imported()
+    between = {(a, b) for a, b in imported() if a.endswith("/") and b.endswith("/")}
+    assert between <= arrows, between - arrows
 
 
 def test_make_targets_exist() -> None:

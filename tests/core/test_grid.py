@@ -252,3 +252,19 @@ def test_the_distance_to_where_a_result_jumps() -> None:
     torch.testing.assert_close(kept, torch.tensor([0.5, 0.05, 0.0, 0.05, 0.2]))
     exact = Grid(two, -3, 3, exact_zero=torch.tensor(0.6)).tie_distance(x)
     torch.testing.assert_close(exact, torch.tensor([0.1, 0.05, 0.0, 0.1, 0.1]))
+
+
+@pytest.mark.parametrize("method", [Direct(), DQA(), NoisyQuant()], ids=lambda m: m.name)
+def test_a_grid_is_proportional_to_its_scale(method: Method) -> None:
+    """What quantizers rest on: they keep the grid of scale 1."""
+    vectors = {"extra_bits": torch.tensor([0, 3]), "noise": torch.tensor([0.5, -1.5])}
+    one, three = (
+        method.grid(QParams(torch.tensor(s)), True, {n: vectors[n] for n in method.vectors}) for s in (1.0, 3.0)
+    )
+    scaled = one.scaled(torch.tensor(3.0))
+    for name in ("step", "low", "high", "bias"):
+        wanted, found = getattr(scaled, name), getattr(three, name)
+        assert (wanted is None) == (found is None)
+        assert wanted is None or torch.equal(torch.as_tensor(found), torch.as_tensor(wanted)), name
+    if method.name == "noisyquant":
+        assert three.bias.tolist() == [1.5, -4.5]
