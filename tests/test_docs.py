@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from .test_structure import files, imports
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["CONTRIBUTING.md", "docs/architecture.md"]
+PAGES = ["CONTRIBUTING.md", "docs/architecture.md", "docs/adding_a_framework.md"]
 pages = pytest.mark.parametrize("page", PAGES)
 
 
@@ -40,12 +41,15 @@ def test_paths_exist(page: str) -> None:
 
 @pages
 def test_modules_and_names_exist(page: str) -> None:
-    """`dqa_plugins.grid.Grid`: a module and, behind it, an attribute."""
-    for name in sorted(set(re.findall(r"`(dqa_plugins(?:\.\w+)+)`", text_of(page)))):
-        parts, found = name.split("."), None
-        for count in range(len(parts), 0, -1):
+    """`dqa_plugins.grid.Grid` or `graph.names.SiteNames`: a module and, behind it, an attribute."""
+    prefixes = "dqa_plugins|graph|host|qpp|storage|ranking|export"
+    for name in sorted(set(re.findall(rf"`((?:{prefixes})(?:\.\w+)+)[`(]", text_of(page)))):
+        if name.endswith(".py"):
+            continue
+        parts, found = name.removeprefix("dqa_plugins.").split("."), None
+        for count in range(len(parts), -1, -1):
             try:
-                found = importlib.import_module(".".join(parts[:count]))
+                found = importlib.import_module(".".join(["dqa_plugins", *parts[:count]]))
             except ModuleNotFoundError as error:
                 if not str(error.name).startswith("dqa_plugins"):
                     pytest.skip(f"{error.name} is not installed")
@@ -54,7 +58,21 @@ def test_modules_and_names_exist(page: str) -> None:
                 assert hasattr(found, attribute), f"{page} names {name}"
                 found = getattr(found, attribute)
             break
-        assert found is not None, f"{page} names {name}"
+
+
+@pages
+def test_classes_have_what_is_said_of_them(page: str) -> None:
+    """`Grid.tie_distance`."""
+    known = {
+        node.name: {ast.unparse(n.target) for n in node.body if isinstance(n, ast.AnnAssign)}
+        | {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+        for path in files().values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    for kind, name in re.findall(r"`([A-Z]\w+)\.(\w+)[`(]", text_of(page)):
+        if kind in known:
+            assert name in known[kind], f"{page} names {kind}.{name}"
 
 
 def drawn() -> tuple[dict[str, str], set[tuple[str, str]]]:
