@@ -139,7 +139,7 @@ add(
     "ranges.py",
     "torch.maximum(upper, lower + lower.abs() * 1e-6 + 1e-30)",
     "upper",
-    "qpp/test_qpp.py",
+    test("statistics"),
 )
 add(
     "one sample's qparams for all",
@@ -234,7 +234,7 @@ add(
     "methods.py",
     ".to(plain.step.dtype) * plain.step)",
     ".to(plain.step.dtype))",
-    test("quantizer"),
+    test("grid"),
 )
 add(
     "NoisyQuant: full range always",
@@ -258,13 +258,13 @@ add(
     'return self.reduce or "max"',
     test("calibration"),
 )
-add("a duplicate method is taken", "methods.py", "    if kind.name in METHODS:", "    if False:", test("methods"))
+add("a duplicate method is taken", "methods.py", "    if kind.name in METHODS:", "    if False:", test("grid"))
 add(
     "a grid not proportional is taken",
     "methods.py",
     "    if not method.uses_range:\n        one",
     "    if False:\n        one",
-    test("methods"),
+    test("grid"),
 )
 add("bits beyond 8 are taken", "method.py", "not low <= value <= high:", "not low <= value:", test("methods"))
 add("unknown fields are dropped", "methods.py", "    if unknown:\n", "    if False:\n", test("methods"))
@@ -275,6 +275,7 @@ add(
     "calibration.py",
     '        if method.reduction == "max":\n            return self.maximum\n',
     "",
+    test("calibration"),
 )
 add(
     "static: the last batch's maximum",
@@ -353,7 +354,7 @@ add(
     "if True:",
     test("extra_bits"),
 )
-add("extra bits of any size", "quantizer.py", "if extra_bits.numel() and not", "if False and not", test("extra_bits"))
+add("extra bits of any size", "quantizer.py", "if extra_bits.numel() and not", "if False and not", test("bad_input"))
 add(
     "signed and unsigned swapped",
     "parameters.py",
@@ -382,7 +383,13 @@ add("negative scales load", "state.py", "good = good and low >= 0", "pass", test
 # ---- metrics and reports
 REPORT = "report/test_activation_report.py"
 add("failure rate: strict margin", "metrics.py", "> margin * (1 + 1e-6)", ">= margin", "qpp/test_qpp.py")
-add("ignored positions count", "metrics.py", "counted.sum(1).clamp(min=1)", "counted.shape[1]", "ranking")
+add(
+    "ignored positions count",
+    "metrics.py",
+    "counted.sum(1).clamp(min=1)",
+    "counted.shape[1]",
+    "ranking/test_search.py",
+)
 add(
     "report: outliers cost nothing",
     "report.py",
