@@ -378,7 +378,7 @@ add(
 )
 add("the state of another method loads", "state.py", "    if saved != method:", "    if False:", test("persistence"))
 add("state 'foo' loads", "state.py", "if value not in STATES if", "if False if", test("persistence"))
-add("negative scales load", "state.py", "good = good and low >= 0", "pass", test("persistence"))
+add("negative scales load", "state.py", "good = good and low >= 0", "pass", test("grid"))
 
 # ---- metrics and reports
 REPORT = "report/test_activation_report.py"
