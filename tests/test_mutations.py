@@ -21,7 +21,7 @@ SAMPLE = [
     "graph: every in-place write is a loss",
     "host: clamps quantize their input",
     "fx: sites lose their names",
-    "storage: the checksum is not checked",
+    "storage: outliers are not put back",
     "ranking: lowest score first",
     "qpp: quantiles of another level",
 ]

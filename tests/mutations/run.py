@@ -114,7 +114,7 @@ def run_tests(folder: Path, tests: Sequence[str], ignored: Sequence[str]) -> lis
     os.environ.pop("PYTEST_XDIST_WORKER", None)
     signal.alarm(LIMIT)
     plugin = Failures()
-    options = ["-q", "-x", "-m", "not slow", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = ["-q", "-x", "-m", "not slow", "--tb=short", "-p", "no:cacheprovider"]
     options += [f"--rootdir={folder}", *(f"--deselect={test}" for test in ignored)]
     status = pytest.main([*options, *(f"tests/{t}" if "::" not in t else t for t in tests)], plugins=[plugin])
     import dqa_plugins
@@ -147,8 +147,10 @@ def judge(mutation: Mutation, base: Path, folder: Path) -> Result:
     ignored: list[str] = []
     killer = None
     for some in (tests[:1], tests[1:]):  # the likeliest by itself: collecting all of them takes longer than it does
-        while some and (killer := first_failure(mutation, folder, some, ignored)) and "::" in killer:
-            if not first_failure(mutation, base, [killer], []):
+        while some and (killer := first_failure(mutation, folder, some, ignored)) and killer != "time limit":
+            if killer == "collection" and first_failure(mutation, base, some, ignored) == killer:
+                raise RuntimeError(f"'{mutation.name}': {', '.join(some)} cannot be collected without it either")
+            if killer == "collection" or not first_failure(mutation, base, [killer], []):
                 break
             ignored.append(killer)
         if killer:
