@@ -237,6 +237,14 @@ class ActivationQuantizer(QuantizerParameters):
             rows = rows_to_keep(x, self.uses_channels, self._axis, self.consumer_geometry)
             self.calibration.observe(x, values, rows, self.method, moving=self._state == "qat")
 
+    def adopt(self, axis: int, channels: int | None, index: int | None) -> None:
+        """Take what another process learnt of this site: channel axis, channels, and position in the execution."""
+        self._axis, self.index = axis, index
+        if self._channels is None and channels is not None:
+            self._channels = channels
+            if self.ranked:
+                self.set_extra_bits(self.extra_bits)
+
     def _check_tensor(self, x: object) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
             what = f"{x.dtype}, shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -162,7 +162,7 @@ MUTATIONS = [
         "method.density, method.density",
     ),
     one("clip search ignored", "qparams", "if factor is not None:", "if False:"),
-    one("merge forgets the sum", "calibration", "self.total = self.total + other.total", "pass"),
+    one("merge forgets the sum", "calibration", "self._add(other.total.reshape(-1, *other.maximum.shape))", "pass"),
     one("kept values in a block, not strided", "calibration", " * positions // columns", ""),
     # ---- states and gradients
     one("gradient everywhere", "grid", "inside = None if codes is None else codes[0] == codes[1]", "inside = None"),

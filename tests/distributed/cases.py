@@ -1,0 +1,100 @@
+"""Models that several processes calibrate: each case gives the frozen model of one process or of many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+from dqa_plugins import DQA, QPP, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, iter_quantizers
+from dqa_plugins.adapters.fx import get_qconfig_mapping
+from dqa_plugins.distributed import sample_offset, synchronize
+
+BATCH, PER_RANK = 5, 4  # samples of a batch, batches of a rank
+
+
+def batches(ranks: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """All batches, those of rank 0 first: samples of very different size."""
+    generator = torch.Generator().manual_seed(1)
+    count = ranks * PER_RANK * BATCH
+    widths = 10 ** (torch.rand(count, 1, 1, 1, generator=generator, dtype=torch.float64) * 6 - 3)
+    x = torch.randn(count, 3, 9, 9, generator=generator, dtype=torch.float64) * widths
+    return list(x.to(dtype).split(BATCH))
+
+
+def own(rank: int, ranks: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The batches of a rank."""
+    return batches(ranks, dtype)[rank * PER_RANK : (rank + 1) * PER_RANK]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    ).eval()
+
+
+def by_hand(dtype: torch.dtype) -> nn.Module:
+    """Every method and reduction, placed by hand."""
+    methods = [
+        DenseSparse(density=0.05),
+        DQA(granularity="channel"),
+        Direct(clip="mse", clip_resolution=20, reduce="mean"),
+        NoisyQuant(),
+        DQA(qparams="dynamic"),
+        DenseSparse(granularity="channel", density=0.1),
+        Direct(symmetric=False, reduce="mean"),
+    ]
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [ActivationQuantizer(methods[0], name="q0")]
+    for number, method in enumerate(methods[1:], 1):
+        layers += [nn.Conv2d(3, 3, 1), ActivationQuantizer(method, name=f"q{number}", index=number)]
+    return nn.Sequential(*layers).to(dtype).eval()
+
+
+def prepared_fx(method: Any) -> nn.Module:
+    mapping = get_qconfig_mapping(method, weight_bits=8)
+    return prepare_fx(network(), mapping, (torch.zeros(1, 3, 9, 9),))
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    for _, quantizer in iter_quantizers(model):
+        quantizer.freeze()
+    return model
+
+
+Case = tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module], torch.dtype]
+CASES: dict[str, Case] = {
+    "by hand": (lambda: by_hand(torch.float32), freeze, torch.float32),
+    "float64": (lambda: by_hand(torch.float64), freeze, torch.float64),
+    "fx": (lambda: prepared_fx(DQA(bits=3)), convert_fx, torch.float32),
+    "qpp": (lambda: prepared_fx(DenseSparse(density=0.05, qparams=QPP())), convert_fx, torch.float32),
+    "qpp per channel": (
+        lambda: prepared_fx(Direct(granularity="channel", qparams=QPP(mode="paper"))),
+        convert_fx,
+        torch.float32,
+    ),
+}
+
+
+def run(name: str, parts: list[Tensor], *, several: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(state before freezing, state after) of a case.
+
+    Args:
+        parts: batches of this process.
+        several: other processes run it too.
+    """
+    build, finish, _ = CASES[name]
+    model = build()
+    if several:
+        sample_offset(model, sum(map(len, parts)))
+    with torch.no_grad():
+        for x in parts:
+            model(x)
+    if several:
+        synchronize(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    return before, finish(model).state_dict()
