@@ -42,7 +42,7 @@ def by_hand(dtype: torch.dtype) -> nn.Module:
     methods = [
         DenseSparse(density=0.05),
         DQA(granularity="channel"),
-        Direct(clip="mse", clip_resolution=20, reduce="mean"),
+        Direct(clip="mse", reduce="mean"),
         NoisyQuant(),
         DQA(qparams="dynamic"),
         DenseSparse(granularity="channel", density=0.1),
