@@ -22,19 +22,16 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .calibration import KEPT_SAMPLES, CalibrationRecord
 from .errors import ChannelMismatch, RanksDiffer, UncalibratedQuantizer, UnsupportedCombination
+from .merging import Records, merged, portions, record_bytes, records_of, take_over
 from .methods import method_to_dict
-from .processes import Processes, pack_tensors, unpack_tensors
-from .qpp.record import SampleRecord
+from .processes import Processes
 from .qpp.session import forwards_of
 from .quantizer import ActivationQuantizer
-
-EXCHANGED = 2**26  # bytes of records that are under way at once, if a site needs no more
 
 _CALIBRATE_FIRST = (
     "Call synchronize(prepared) after calibration and before convert (inside calibration_mode with Brevitas; NNCF "
@@ -71,17 +68,17 @@ def synchronize(prepared: nn.Module, *, uneven: bool = False, group: dist.Proces
     if _merged_before(found):
         return prepared
     model = _inner(prepared)
-    ranks.agree(
-        _fixed(model), "synchronize", "Prepare the same model, in eval mode and with the same weights, on every rank."
-    )
+    hint = "Prepare the same model, in eval mode and with the same weights, on every rank."
+    ranks.agree(lambda: _fixed(model), "synchronize", hint)
     sites = _quantizers(model)
     _check_counts(found, uneven)
     _check_numbers(found)
-    records: dict[str, tuple[CalibrationRecord, SampleRecord | None]] = {}
-    for names in _portions(found):
-        records.update(_merge(ranks, {name: sites[name] for name in names}, found))
-    for name, site in sites.items():
-        _take_over(site, [rank["sites"][name] for rank in found], *records[name])
+    told = [rank["sites"] for rank in found]
+    records: dict[str, Records] = {}
+    for paths in portions(told):
+        records |= merged(ranks, {path: sites[path] for path in paths}, told)
+    for path, site in sites.items():
+        take_over(site, [rank[path] for rank in told], records[path])
     total = sum(rank["samples"] for rank in found)
     for forwards in forwards_of(model):
         forwards.next_sample = total
@@ -169,21 +166,17 @@ def _quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, ActivationQuantizer)}
 
 
-def _records(site: ActivationQuantizer) -> tuple[CalibrationRecord, SampleRecord | None]:
-    return site.calibration, None if site.predictor is None else site.predictor.record
-
-
 def _describe(prepared: nn.Module) -> dict[str, Any]:
     """What this rank tells of its calibration."""
     model = _inner(prepared)
-    sites = {}
+    sites: dict[str, dict[str, Any]] = {}
     for path, site in _quantizers(model).items():
         if site.state == "qat":
             raise UnsupportedCombination(
                 f"{site.label} is being trained: its moving averages depend on the order of batches, and do not merge. "
                 "Train with DistributedDataParallel, which copies rank 0's, and convert without synchronize."
             )
-        calibration, rows = _records(site)
+        calibration = site.calibration
         if 0 < calibration.synchronized < calibration.count:
             raise UnsupportedCombination(
                 f"{site.label} saw {calibration.count - calibration.synchronized} samples after an earlier "
@@ -196,12 +189,12 @@ def _describe(prepared: nn.Module) -> dict[str, Any]:
             "count": calibration.count,
             "kept": int(calibration.counts[1]),
             "synchronized": calibration.synchronized,
-            "bytes": sum(b.numel() * b.element_size() for r in (calibration, rows) if r for b in r.buffers()),
+            "bytes": record_bytes(site),
             "axis": site.channel_axis if calibration.count else None,
             "channels": site.num_channels,
             "index": site.index,
-            "declared": rows.declared if rows is not None else None,
-            "predicted": rows is not None,
+            "predicted": site.predictor is not None,
+            "declared": None if site.predictor is None else site.predictor.record.declared,
         }
     if not any(site["state"] == "observe" for site in sites.values()):
         what = "frozen: their calibration data are forgotten" if sites else "none"
@@ -226,11 +219,10 @@ def _fixed(model: nn.Module) -> dict[str, Any]:
     apart: set[int] = set()
     for path, site in _quantizers(model).items():
         fixed[site.name or path] = [path, method_to_dict(site.method), site.state, site.ranked]
-        for record in _records(site):
-            apart.update(id(buffer) for buffer in (record.buffers() if record is not None else ()))
+        apart.update(id(buffer) for record in records_of(site).values() for buffer in record.buffers())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) not in apart and not hasattr(tensor, "full_tensor"):
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             fixed[name] = [str(tensor.dtype), list(tensor.shape), hashlib.sha256(content).hexdigest()[:32]]
     return fixed
 
@@ -275,64 +267,3 @@ def _check_numbers(found: list[dict[str, Any]]) -> None:
                     f"on {seen}, so the samples of the ranks behind it have wrong numbers. Prepare again, and give "
                     "the number that calibration runs."
                 )
-
-
-def _portions(found: list[dict[str, Any]]) -> list[list[str]]:
-    """Paths of sites, in portions whose records are under way together; the same on every rank."""
-    portions: list[list[str]] = [[]]
-    size = 0
-    for path in found[0]["sites"]:
-        most = max(rank["sites"][path]["bytes"] for rank in found)
-        if size + most > EXCHANGED and portions[-1]:
-            portions.append([])
-            size = 0
-        portions[-1].append(path)
-        size += most
-    return portions
-
-
-def _merge(
-    ranks: Processes, sites: dict[str, ActivationQuantizer], found: list[dict[str, Any]]
-) -> dict[str, tuple[CalibrationRecord, SampleRecord | None]]:
-    """The records of all ranks, merged in their order."""
-    mine: dict[str, Tensor] = {}
-    for position, (path, site) in enumerate(sites.items()):
-        kept = sum(rank["sites"][path]["kept"] for rank in found[: ranks.rank])
-        calibration, rows = _records(site)
-        held = dict(calibration.named_buffers())
-        wanted = held["kept_sample"] < KEPT_SAMPLES - kept  # what ranks before have filled is not sent
-        held |= {"kept": held["kept"][:, wanted], "kept_sample": held["kept_sample"][wanted]}
-        held["kept_statistic"] = held["kept_statistic"][: max(0, KEPT_SAMPLES - kept)]
-        held["counts"] = torch.stack([held["counts"][0], held["counts"].new_tensor(len(held["kept_statistic"]))])
-        for kind, tensors in (("calibration", held), ("rows", dict(rows.named_buffers()) if rows is not None else {})):
-            mine |= {f"{position} {kind} {name}": tensor for name, tensor in tensors.items()}
-    merged = {path: tuple(None if r is None else type(r)() for r in _records(site)) for path, site in sites.items()}
-    for payload in ranks.gather(pack_tensors(mine), "calibration records"):
-        theirs = unpack_tensors(payload)
-        for position, path in enumerate(sites):
-            for kind, record in zip(("calibration", "rows"), merged[path], strict=True):
-                if record is not None:
-                    other = type(record)()
-                    for name in dict(record.named_buffers()):
-                        setattr(other, name, theirs[f"{position} {kind} {name}"])
-                    record.merge(other)
-    return merged  # type: ignore[return-value]
-
-
-def _take_over(
-    site: ActivationQuantizer, told: list[dict[str, Any]], calibration: CalibrationRecord, rows: SampleRecord | None
-) -> None:
-    """Give a quantizer the merged records, and what a rank that it saw data on has learnt beside them."""
-    if site.state != "observe":
-        return
-    for own, merged in zip(_records(site), (calibration, rows), strict=True):
-        if own is not None and merged is not None:
-            for name, buffer in list(own.named_buffers()):
-                setattr(own, name, getattr(merged, name).to(buffer.device))
-    site.calibration.synchronized = site.calibration.count
-    learnt = next((rank for rank in told if rank["count"]), None)
-    if learnt is not None:
-        site.adopt(learnt["axis"], learnt["channels"], learnt["index"])
-    if site.predictor is not None:
-        site.predictor.record.forwards = site.predictor.record.added = 0
-        site.predictor.summary.axis = site.predictor.own.axis = site.channel_axis

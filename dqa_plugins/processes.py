@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Processes:
         head = about.encode()[:128].ljust(128, b"\0")
         mine = torch.frombuffer(bytearray(head + len(payload).to_bytes(8, "little")), dtype=torch.uint8)
         heads = [torch.empty_like(mine, device=self._device) for _ in range(self.size)]
-        self._call(about, lambda: dist.all_gather(heads, mine.to(self._device), group=self.group))
+        self._call(about, partial(dist.all_gather, heads, mine.to(self._device), group=self.group))
         found = [bytes(h.cpu().numpy()) for h in heads]
         for rank, other in enumerate(found):
             if other[:128] != head:
@@ -82,16 +83,24 @@ class Processes:
             if length:
                 sent = buffer.to(self._device)
                 source = rank if self.group is None else dist.get_global_rank(self.group, rank)
-                self._call(about, lambda sent=sent, source=source: dist.broadcast(sent, source, group=self.group))
+                self._call(about, partial(dist.broadcast, sent, source, group=self.group))
                 buffer = sent.cpu()
             yield payload if rank == self.rank else bytes(buffer.numpy())
 
-    def share(self, work: Callable[[], Any], about: str) -> list[Any]:
+    def share(
+        self,
+        work: Callable[[], Any],
+        about: str,
+        *,
+        pack: Callable[[Any], bytes] = lambda value: json.dumps(value).encode(),
+        unpack: Callable[[bytes], Any] = json.loads,
+    ) -> list[Any]:
         """Do this rank's work, and tell all ranks what came of it.
 
         Args:
-            work: returns JSON-compatible values (floats travel exactly).
+            work: returns what `pack` takes: JSON-compatible values (floats travel exactly), unless told otherwise.
             about: what it is, the same on all ranks, for messages.
+            pack, unpack: between values and bytes.
 
         Returns:
             what `work` returned on each rank.
@@ -103,30 +112,30 @@ class Processes:
             return [work()]
         failure: Exception | None = None
         try:
-            value = {"found": work()}
+            mine = b"+" + pack(work())
         except Exception as error:  # told to the others, and raised again below
-            failure, value = error, {"failed": f"{type(error).__name__}: {error}"}
-        found = [json.loads(payload) for payload in self.gather(json.dumps(value).encode(), about)]
+            failure, mine = error, f"-{type(error).__name__}: {error}".encode()
+        payloads = list(self.gather(mine, about))
         if failure is not None:
             raise failure
-        for rank, other in enumerate(found):
-            if "failed" in other:
-                raise RankLost(f"{about}: rank {rank} failed with {other['failed']}")
-        return [other["found"] for other in found]
+        for rank, payload in enumerate(payloads):
+            if payload[:1] == b"-":
+                raise RankLost(f"{about}: rank {rank} failed with {payload[1:].decode(errors='replace')}")
+        return [unpack(payload[1:]) for payload in payloads]
 
-    def agree(self, value: dict[str, Any], about: str, hint: str = "") -> None:
-        """Raise unless all ranks hold the same JSON-compatible value.
+    def agree(self, work: Callable[[], dict[str, Any]], about: str, hint: str) -> None:
+        """Raise unless `work` returns the same JSON-compatible values on all ranks.
 
         Raises:
-            RanksDiffer: with the first entry in which a rank differs from rank 0.
+            RanksDiffer: with the first entries in which a rank differs from rank 0. What `share` raises.
         """
-        found = self.share(lambda: value, about)
+        found = self.share(work, about)
         for rank, other in enumerate(found):
             differing = [key for key in {**found[0], **other} if found[0].get(key) != other.get(key)]
             if differing:
+                more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
                 raise RanksDiffer(
-                    f"{about}: ranks 0 and {rank} differ in {', '.join(map(repr, differing[:4]))}"
-                    f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}.{' ' + hint if hint else ''}"
+                    f"{about}: ranks 0 and {rank} differ in {', '.join(map(repr, differing[:4]))}{more}. {hint}"
                 )
 
     def _call(self, about: str, collective: Callable[[], Any]) -> None:
