@@ -197,8 +197,9 @@ def _describe(prepared: nn.Module) -> dict[str, Any]:
             "declared": None if site.predictor is None else site.predictor.record.declared,
         }
     if not any(site["state"] == "observe" for site in sites.values()):
-        what = "frozen: their calibration data are forgotten" if sites else "none"
-        raise UnsupportedCombination(f"the quantizers of this {type(model).__name__} are {what}. {_CALIBRATE_FIRST}")
+        kind = type(model).__name__
+        what = f"the quantizers of this {kind} are frozen, their records forgotten"
+        raise UnsupportedCombination(f"{what if sites else f'this {kind} has no quantizers'}. {_CALIBRATE_FIRST}")
     seen = [f.next_sample for f in forwards_of(model)]
     firsts = [site["declared"][0] for site in sites.values() if site["declared"]]
     most = max(site["count"] for site in sites.values())

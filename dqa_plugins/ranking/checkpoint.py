@@ -39,7 +39,7 @@ class Checkpoint:
         self.done: dict[str, LayerRanks] = {}
         self._ranks = ranks
         if self.path is not None:
-            told = ranks.share(self._table, f"the checkpoint {self.path.name}")[0]
+            told = ranks.share(self._table, "the checkpoint of a ranking")[0]
             if told is not None:
                 self.done = {layer.name: layer for layer in RankTable.from_dict(told, f"{str(path)!r}")}
 
@@ -67,7 +67,7 @@ class Checkpoint:
         """Remember a ranked layer, on disk too."""
         self.done[layer.name] = layer
         if self.path is not None:
-            self._ranks.share(self._write, f"the checkpoint {self.path.name}")
+            self._ranks.share(self._write, "the checkpoint of a ranking")
 
     def _write(self) -> None:
         if self._ranks.rank == 0 and self.path is not None:

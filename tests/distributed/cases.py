@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-from dqa_plugins import DQA, QPP, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, iter_quantizers
+from dqa_plugins import DQA, QPP, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, iter_quantizers, rank_channels
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.distributed import sample_offset, synchronize
 
@@ -55,7 +55,7 @@ def by_hand(dtype: torch.dtype) -> nn.Module:
         Direct(symmetric=False, reduce="mean"),
     ]
     torch.manual_seed(0)
-    layers: list[nn.Module] = [ActivationQuantizer(methods[0], name="q0")]
+    layers: list[nn.Module] = [ActivationQuantizer(methods[0], name="q0", index=0)]
     for number, method in enumerate(methods[1:], 1):
         layers += [nn.Conv2d(3, 3, 1), ActivationQuantizer(method, name=f"q{number}", index=number)]
     return nn.Sequential(*layers).to(dtype).eval()
@@ -104,3 +104,50 @@ def run(name: str, parts: list[Tensor], *, several: bool) -> tuple[dict[str, Ten
         synchronize(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     return before, finish(model).state_dict()
+
+
+class Looping(nn.Module):
+    """No graph: its quantizers are searched with forwards of the whole model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second, self.last = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1), nn.Linear(5, 4)
+        self.q0 = ActivationQuantizer(DQA(bits=2), name="q0", index=0)
+        self.q1 = ActivationQuantizer(DQA(bits=2), name="q1", index=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.q0(self.first(x).relu())
+        for _ in range(int(x.shape[1] > 0) + 1):
+            x = self.q1(self.second(x))
+        return self.last(x.mean((2, 3)))
+
+
+def rankings() -> dict[str, Callable[[Any], Any]]:
+    """Every strategy, on models that all processes calibrate alike; each takes a path for greedy's checkpoint."""
+    x = batches(1)
+    labelled = [(b, torch.arange(len(b)) % 4) for b in x]
+
+    def fed(model: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for b in x:
+                model(b)
+        return model
+
+    def graph() -> nn.Module:
+        return fed(prepared_fx(DQA(bits=2)))
+
+    def metric(outputs: Tensor, targets: Tensor) -> Tensor:
+        return -(outputs - targets[:, None]).square().mean(1)
+
+    return {
+        "greedy": lambda path: rank_channels(graph(), labelled, checkpoint=path, progress=False),
+        "greedy, small passes": lambda path: rank_channels(graph(), labelled, progress=False, memory=1),
+        "greedy, own metric": lambda path: rank_channels(graph(), labelled, metric=metric, progress=False),
+        "greedy, no graph": lambda path: rank_channels(fed(Looping()), labelled, progress=False),
+        "taylor": lambda path: rank_channels(graph(), labelled, "taylor", progress=False),
+        "taylor, no graph": lambda path: rank_channels(fed(Looping()), labelled, "taylor", progress=False),
+        "error": lambda path: rank_channels(graph(), strategy="error", progress=False),
+        "error, frozen": lambda path: rank_channels(freeze(fed(Looping())), labelled, "error", progress=False),
+        "random": lambda path: rank_channels(graph(), strategy="random", progress=False),
+    }
