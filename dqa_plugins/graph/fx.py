@@ -189,6 +189,8 @@ def sources(node: Node) -> list[Node]:
 def _op(node: Node, model: nn.Module) -> str:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
+        if hasattr(module, "fake_quantize") or hasattr(module, "quantizer"):
+            return "Identity"  # a quantizer, or an observer that holds one, leaves channels where they are
         layer = getattr(module, "_modules", {}).get("0")
         if isinstance(module, nn.Sequential) and layer is not None and type(module) is not nn.Sequential:
             return type(layer).__name__  # fused: ConvReLU2d, LinearReLU
