@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .errors import ChannelMismatch, RanksDiffer, UncalibratedQuantizer, UnsupportedCombination
-from .merging import Records, merged, portions, record_bytes, records_of, take_over
+from .merging import Records, merged, merged_samples, portions, record_bytes, records_of, take_over
 from .methods import method_to_dict
 from .processes import Processes
 from .qpp.session import forwards_of
@@ -77,8 +77,11 @@ def synchronize(prepared: nn.Module, *, uneven: bool = False, group: dist.Proces
     records: dict[str, Records] = {}
     for paths in portions(told):
         records |= merged(ranks, {path: sites[path] for path in paths}, told)
+    samples = merged_samples(ranks, model)
     for path, site in sites.items():
         take_over(site, [rank[path] for rank in told], records[path])
+    for path, held in samples.items():
+        model.get_submodule(path).samples = held
     total = sum(rank["samples"] for rank in found)
     for forwards in forwards_of(model):
         forwards.next_sample = total

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .calibration import KEPT_SAMPLES, CalibrationRecord
 from .processes import Processes, pack_tensors, unpack_tensors
@@ -76,6 +76,26 @@ def merged(ranks: Processes, sites: dict[str, ActivationQuantizer], found: list[
                 for name in dict(record.named_buffers()):
                     setattr(other, name, theirs[f"{position} {kind} {name}"])
                 record.merge(other)
+    return result
+
+
+def merged_samples(ranks: Processes, model: nn.Module) -> dict[str, Any]:
+    """What modules that keep samples beside their quantizers would have kept in one process, by path.
+
+    Such a module has `samples`, `give_samples` and `join_samples` (see `storage.model.sites.StoredSite`).
+    """
+    holders: dict[str, Any] = {p: m for p, m in model.named_modules() if hasattr(m, "give_samples")}
+
+    def counts() -> dict[str, int]:
+        return {path: len(h.give_samples(KEPT_SAMPLES).get("values", ())) for path, h in holders.items()}
+
+    before = ranks.share(counts, "kept samples")[: ranks.rank]
+    result = {}
+    for path, holder in holders.items():
+        room = KEPT_SAMPLES - sum(rank[path] for rank in before)
+        mine = holder.give_samples(room) if room > 0 else {}
+        parts = ranks.gather(pack_tensors(mine), f"samples of {path}")
+        result[path] = holder.join_samples([unpack_tensors(part) for part in parts])
     return result
 
 

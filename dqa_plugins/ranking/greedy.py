@@ -15,12 +15,12 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..processes import Processes
+from ..sharing import shared
 from .checkpoint import Checkpoint
 from .prefix import PrefixEvaluator
 from .progress import Progress
 from .scoring import Batches, Means, Scorer, SiteScores, forward, site_scores
 from .search_model import SearchModel
-from .sharing import shared
 from .table import LayerRanks
 
 logger = logging.getLogger(__name__)

@@ -28,10 +28,10 @@ import torch
 from torch.fx import GraphModule
 
 from ..processes import Processes
+from ..sharing import shared
 from .replay import NotStackable, Replay, tensor_bytes
 from .scoring import Batches, Means, Scorer, SiteScores, batch_size, site_scores
 from .search_model import SearchModel
-from .sharing import shared
 from .stacking import COMPARED, SAFETY, Deviation, Prefix, Stack, single_output
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..processes import Processes
+from ..sharing import shared_tensors
 from .replay import NotStackable, Replay, Values, map_tensors, tensor_bytes
 from .scoring import Scorer
 from .search_model import SearchSite
-from .sharing import shared_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from ..processes import Processes
 from ..quantizer import ActivationQuantizer
 from ..resolve import kept_values
 from ..search import channel_errors
+from ..sharing import by_batch, by_piece
 from .errors import MetricError, RankingError
 from .progress import Progress
 from .scoring import Batches, Metric, forward
 from .search_model import SearchModel, SearchSite
-from .sharing import shared_tensors
 
 
 def error_scores(quantizer: ActivationQuantizer) -> Tensor:
@@ -38,12 +38,9 @@ def error_scores(quantizer: ActivationQuantizer) -> Tensor:
 
 def kept_errors(sites: dict[str, ActivationQuantizer], ranks: Processes) -> dict[str, Tensor]:
     """`error_scores` of every site, {site name: (C,) float64}; ranks share the sites."""
-    names = list(sites)
-
-    def measure() -> dict[str, Tensor]:
-        return {names[k]: error_scores(sites[names[k]]) for k in ranks.mine(len(names))}
-
-    return {name: scores for part in shared_tensors(ranks, measure, "error scores") for name, scores in part.items()}
+    quantizers = list(sites.values())
+    found = by_piece(len(quantizers), lambda k: error_scores(quantizers[k]), ranks, "error scores")
+    return dict(zip(sites, found, strict=True))
 
 
 def measured_errors(search: SearchModel, batches: Batches, ranks: Processes) -> dict[str, Tensor]:
@@ -77,19 +74,12 @@ def measured_errors(search: SearchModel, batches: Batches, ranks: Processes) -> 
             forward(search.model, copy.deepcopy(batches[number][0]))
         return {f"{call} {sites.index(site)} {count}": squared for call, (site, squared, count) in enumerate(calls)}
 
-    for found in _by_batch(len(batches), measure, ranks):
+    for found in by_batch(len(batches), measure, ranks):
         for key, squared in found.items():
             _, site, count = map(int, key.split())
             totals[sites[site].name] += squared
             counts[sites[site].name] += count
     return {name: total / max(counts[name], 1) for name, total in totals.items()}
-
-
-def _by_batch(count: int, measure: Callable[[int], dict[str, Tensor]], ranks: Processes) -> Iterator[dict[str, Tensor]]:
-    """What `measure` finds for each batch, in order; ranks share the batches, one each at a time."""
-    for first in range(0, count, ranks.size):
-        work = functools.partial(measure, first + ranks.rank) if first + ranks.rank < count else dict
-        yield from shared_tensors(ranks, work, f"batches from {first}")[: count - first]
 
 
 @contextlib.contextmanager
@@ -158,7 +148,7 @@ def taylor_scores(
             changes[site.name] = changes[site.name] + found if site.name in changes else found
         return {"": torch.tensor(count)} | {name: change.square().sum(0).cpu() for name, change in changes.items()}
 
-    for found in _by_batch(len(batches), measure, ranks):
+    for found in by_batch(len(batches), measure, ranks):
         samples += int(found.pop(""))
         for name, change in found.items():
             totals[name] += change

@@ -9,9 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-from dqa_plugins import DQA, QPP, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, iter_quantizers, rank_channels
+from dqa_plugins import (
+    DQA,
+    QPP,
+    ActivationQuantizer,
+    DenseSparse,
+    Direct,
+    NoisyQuant,
+    allocate_bits,
+    iter_quantizers,
+    rank_channels,
+)
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.distributed import sample_offset, synchronize
+from dqa_plugins.storage import convert_stored, prepare_stored
+from tests.nets import build
 
 BATCH, PER_RANK = 5, 4  # samples of a batch, batches of a rank
 
@@ -72,6 +84,11 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
+def prepared_stored_model() -> nn.Module:
+    """A residual network, one of whose stored values is dynamic in what it is packed with."""
+    return prepare_stored(build("residual"), DQA(bits=4, qparams="dynamic"), (torch.zeros(1, 3, 9, 9),))
+
+
 Case = tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module], torch.dtype]
 CASES: dict[str, Case] = {
     "by hand": (lambda: by_hand(torch.float32), freeze, torch.float32),
@@ -83,6 +100,7 @@ CASES: dict[str, Case] = {
         convert_fx,
         torch.float32,
     ),
+    "stored": (prepared_stored_model, lambda model: convert_stored(model, coding="joint"), torch.float32),
 }
 
 
@@ -121,6 +139,23 @@ class Looping(nn.Module):
         for _ in range(int(x.shape[1] > 0) + 1):
             x = self.q1(self.second(x))
         return self.last(x.mean((2, 3)))
+
+
+def allocations(rank: int, ranks: int) -> dict[str, list[int]]:
+    """Extra bits by allocate_bits with targets, with inputs alone, and with nothing; calibration shared by `ranks`."""
+    x = batches(3)
+    labelled = [(b, torch.arange(len(b)) % 4) for b in x[:3]]
+    found = {}
+    for name, given in {"targets": labelled, "inputs": x[:3], "nothing": []}.items():
+        model = prepare_stored(build("residual"), DQA(bits=4), (torch.zeros(1, 3, 9, 9),))
+        with torch.no_grad():
+            for b in x[:12] if ranks == 1 else x[:12][rank * 12 // ranks : (rank + 1) * 12 // ranks]:
+                model(b)
+        if ranks > 1:
+            synchronize(model)
+        bits = allocate_bits(model, given, target_bits=3.0)
+        found |= {f"{name}/{site}": vector.tolist() for site, vector in bits.items()}
+    return found
 
 
 def rankings() -> dict[str, Callable[[Any], Any]]:

@@ -82,6 +82,15 @@ def test_every_rank_has_the_rank_table_of_one_process(finished: tuple[int, Path]
     )
 
 
+def test_every_rank_allocates_the_bits_of_one_process(finished: tuple[int, Path]) -> None:
+    """With targets, with inputs alone (random projections) and without batches."""
+    ranks, folder = finished
+    expected = cases.allocations(0, 1)
+    assert len({tuple(bits) for bits in expected.values()}) > 1
+    for rank in range(ranks):
+        assert json.loads((folder / f"bits{rank}.json").read_text()) == expected
+
+
 def test_wrapped_and_sharded_models_calibrate_like_plain_ones(finished: tuple[int, Path]) -> None:
     """DistributedDataParallel without buffers, and FSDP2 (fully_shard) through FX convert."""
     ranks, folder = finished

@@ -41,6 +41,7 @@ def ranking(folder: Path, rank: int, ranks: int) -> None:
     """The tables of all strategies; each rank names a checkpoint of its own, so that one can see who writes."""
     tables = {name: rank_it(folder / f"checkpoint{rank}.json").to_dict() for name, rank_it in cases.rankings().items()}
     resumed = cases.rankings()["greedy"](folder / f"checkpoint{rank}.json").to_dict()
+    (folder / f"bits{rank}.json").write_text(json.dumps(cases.allocations(rank, ranks)))
     (folder / f"tables{rank}.json").write_text(json.dumps({**tables, "resumed": resumed}))
 
 
