@@ -33,6 +33,8 @@ def operation_name(node: Node, model: nn.Module) -> str:
     """Class name of a module call, name of a function, method or operator, "" for inputs and the like."""
     if node.op == "call_module":
         return type(model.get_submodule(str(node.target))).__name__
+    if node.target is getattr:
+        return str(node.args[1])
     if node.op == "call_function":
         packet = getattr(node.target, "overloadpacket", node.target)
         return str(getattr(packet, "__name__", packet))
