@@ -35,6 +35,8 @@ from .parameters import QuantizerParameters
 from .ranges import statistic
 from .resolve import kept_values, next_layer_weight, static_qparams
 
+LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and backends reach
+
 _first_executions = itertools.count()
 
 
@@ -249,6 +251,12 @@ class ActivationQuantizer(QuantizerParameters):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
             what = f"{x.dtype}, shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise UnsupportedInput(f"{self.label} quantizes floating-point tensors with a batch axis; got {what}.")
+        # a traced size would become a condition of the exported program
+        if not torch.compiler.is_compiling() and x.numel() > LARGEST:
+            raise UnsupportedInput(
+                f"{self.label} quantizes tensors of up to 2^31 - 1 values, and got {x.numel()} in a tensor of shape "
+                f"{tuple(x.shape)}. Use smaller batches."
+            )
 
     def _checked_axis(self, x: Tensor) -> int:
         axis = self.channel_axis

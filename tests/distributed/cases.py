@@ -153,7 +153,7 @@ def allocations(rank: int, ranks: int) -> dict[str, list[int]]:
                 model(b)
         if ranks > 1:
             synchronize(model)
-        bits = allocate_bits(model, given, target_bits=3.0)
+        bits = allocate_bits(model, given, target_bits=0.8)
         found |= {f"{name}/{site}": vector.tolist() for site, vector in bits.items()}
     return found
 
