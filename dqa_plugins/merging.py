@@ -128,5 +128,6 @@ def take_over(site: ActivationQuantizer, told: list[dict[str, Any]], records: Re
     if learnt is not None:
         site.adopt(learnt["axis"], learnt["channels"], learnt["index"])
     if site.predictor is not None:
-        site.predictor.record.forwards = site.predictor.record.added = 0
+        rows = site.predictor.record
+        rows.forwards, rows.added, rows.declared = 0, 0, None
         site.predictor.summary.axis = site.predictor.own.axis = site.channel_axis

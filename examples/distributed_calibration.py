@@ -27,13 +27,13 @@ from examples.networks import load
 from examples.networks.digits import calibration_subset, load_split
 from examples.networks.scores import accuracy
 
-SAMPLES, BATCH = 96, 16
+SAMPLES, BATCH = 48, 8
 
 
 def prepare() -> nn.Module:
-    """ResNet-32, 3-bit DQA on its activations, thresholds predicted per sample on one of them."""
+    """ResNet-32, 4-bit DQA on its activations, thresholds predicted per sample on one of them."""
     model, _ = load("resnet32")
-    mapping = get_qconfig_mapping(DQA(bits=3), skip=("first", "last"))
+    mapping = get_qconfig_mapping(DQA(bits=4), skip=("first", "last"))
     mapping.set_module_name("blocks.7.relu2", get_qconfig(DenseSparse(bits=3, qparams=QPP(sites=("input",)))))
     prepared: nn.Module = prepare_fx(model, mapping, (torch.zeros(1, 1, 16, 16),))
     return prepared

@@ -197,9 +197,7 @@ def test_tensors_beyond_two_to_the_31_values_are_refused(method):
             q = calibrated(method, [data()], name="layer2.0", freeze=state == "frozen")
         if state == "qat":
             q.start_qat()
-        with pytest.raises(
-            errors.UnsupportedInput, match=r"'layer2\.0'.*and got 10737418240.*smaller"
-        ):
+        with pytest.raises(errors.UnsupportedInput, match=r"'layer2\.0'.*and got 10737418240.*smaller"):
             q(huge)
     with pytest.raises(errors.DQAError, match=r"'layer2\.0'.*2\^31 - 1 values, got 10737418240"):
         pack(huge, q)

@@ -27,17 +27,10 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def torchrun(ranks: int, jobs: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run jobs of the worker on several processes, one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*command, "-m", "tests.distributed.worker", jobs, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-    )
+def torchrun(ranks: int, *script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script on several processes, one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
@@ -45,7 +38,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """All jobs, run once for each number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     jobs = "equality,ranking,wrapped,refusals,silent" if request.param == 2 else "equality,ranking"
-    found = torchrun(request.param, jobs, folder)
+    found = torchrun(request.param, "-m", "tests.distributed.worker", jobs, str(folder))
     assert found.returncode == 0, found.stderr[-6000:]
     return request.param, folder
 
