@@ -91,11 +91,11 @@ def merging() -> None:
 
 
 def ranking() -> None:
-    """Greedy ranking of 3 x 64 channels on 64 images."""
+    """Greedy ranking of 64 channels in each of 5 layers, on 64 images."""
     torch.manual_seed(0)
-    layers = [layer for k in range(3) for layer in (nn.Conv2d(3 if k == 0 else 64, 64, 3), nn.ReLU())]
+    layers = [layer for k in range(6) for layer in (nn.Conv2d(3 if k == 0 else 64, 64, 3), nn.ReLU())]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
-    x, labels = torch.randn(64, 3, 12, 12), torch.arange(64) % 10
+    x, labels = torch.randn(64, 3, 20, 20), torch.arange(64) % 10
     prepared = prepare_fx(net, get_qconfig_mapping(DQA(bits=3), skip=("first", "last")), (x[:1],))
     with torch.no_grad():
         prepared(x)
