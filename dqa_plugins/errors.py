@@ -63,6 +63,14 @@ class FrameworkMismatch(DQAError, RuntimeError):
     """The host framework lacks, or has changed, a hook that an adapter stands on."""
 
 
+class RankLost(DQAError, RuntimeError):
+    """Another process of the group has died, raised, or did not answer within the group's timeout."""
+
+
+class RanksDiffer(DQAError, ValueError):
+    """Processes that must agree hold different models, data or counts."""
+
+
 class ExportFailed(DQAError, RuntimeError):
     """A model cannot be exported the way that was asked for."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ChannelAxisError, ChannelMismatch, NonFiniteInput
-from ..quantizer import ActivationQuantizer
+from ..quantizer import LARGEST, ActivationQuantizer
 from .coder import codec
 from .format.codebook import Codebook, check_coding
 from .format.data import two_dimensional
@@ -43,7 +43,8 @@ def pack(
 
     Raises:
         UnknownCoding: there is no such coding.
-        NotPackable: not a floating-point tensor, a quantizer that is not frozen, or another quantizer's codebook.
+        NotPackable: not a floating-point tensor, more than 2^31 - 1 values, a quantizer that is not frozen, or another
+            quantizer's codebook.
         NonFiniteInput: NaN or Inf in x; the message names the layer.
         ChannelMismatch: x has other channels than the quantizer.
     """
@@ -55,6 +56,8 @@ def pack(
             f"{quantizer.label} packs (B, ...) tensors of float16, bfloat16, float32, float64; got {what}."
         )
     shape, dtype = tuple(x.shape), x.dtype
+    if x.numel() > LARGEST:
+        raise NotPackable(f"{quantizer.label} packs up to 2^31 - 1 values, got {x.numel()}; use smaller batches.")
     x = x.detach().reshape(two_dimensional(shape))
     axis = axis_of(quantizer)
     check_channels(quantizer, tuple(x.shape))

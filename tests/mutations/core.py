@@ -280,8 +280,8 @@ add(
 add(
     "static: the last batch's maximum",
     "calibration.py",
-    "self.maximum = torch.maximum(self.maximum, values.amax(0))",
-    "self.maximum = values.amax(0)",
+    "values.amax(0) if self.count == 0 else torch.maximum(self.maximum, values.amax(0))",
+    "values.amax(0)",
     test("calibration"),
 )
 add(
@@ -294,7 +294,7 @@ add(
 add(
     "merge forgets the sum",
     "calibration.py",
-    "self.total = self.total + other.total",
+    "self._add(other.total.reshape(-1, *other.maximum.shape))",
     "self.total = 1 * self.total",
     test("calibration"),
 )
