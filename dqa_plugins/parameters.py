@@ -14,7 +14,7 @@ from .method import Method
 from .methods import check_method, method_to_dict
 from .ranges import lay_out
 from .source import QParamsSource, make_source
-from .state import StateModule, check_buffers, read_state, to_bytes
+from .state import VERSION, StateModule, check_buffers, read_state, to_bytes
 
 _UNIT = ("unit_step", "unit_low", "unit_high", "unit_zero_point", "unit_bias")
 
@@ -185,6 +185,7 @@ class QuantizerParameters(StateModule):
     def get_extra_state(self) -> Tensor:
         """What is not a buffer, as UTF-8 JSON in a uint8 tensor."""
         state: dict[str, Any] = {
+            "version": VERSION,
             "method": method_to_dict(self.method),
             "state": self._state,
             "axis": self._axis,

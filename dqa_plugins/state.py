@@ -14,6 +14,7 @@ from .method import Method
 from .methods import method_from_dict
 
 STATES = ("observe", "frozen", "qat")
+VERSION = 1  # of the extra state; a state without one is of this version too
 # what a quantizer's extra state holds besides its method
 _KINDS: dict[str, type] = {
     "state": str,
@@ -64,6 +65,7 @@ def read_state(state: Any, method: Method, label: str) -> dict[str, Any]:
     """
     try:
         loaded: dict[str, Any] = json.loads(bytes(state.cpu().numpy()).decode())
+        version = loaded.get("version", VERSION)
         values = {key: loaded[key] for key in _KINDS}
         saved = method_from_dict(loaded["method"])
         if method.source == "predicted":
@@ -72,6 +74,8 @@ def read_state(state: Any, method: Method, label: str) -> dict[str, Any]:
         raise StateMismatch(
             f"{label}: the extra state in the state_dict is damaged or not ours ({type(error).__name__}: {error})."
         ) from error
+    if type(version) is not int or version != VERSION:
+        raise StateMismatch(f"{label}: the state_dict has version {version!r}; this release reads version {VERSION}.")
     if saved != method:
         raise StateMismatch(
             f"{label}: the state_dict holds {saved}, this quantizer is {method}. Prepare the model with the methods it "

@@ -44,7 +44,9 @@ def fit(model: nn.Module) -> None:
         predictor = quantizer.predictor
         if predictor is None or predictor.fitted or quantizer.calibration.count == 0:
             continue
-        predictor.reason = _fit_one(quantizer, predictor, summaries)
+        reason = _fit_one(quantizer, predictor, summaries)
+        # a site's own quantizer takes its statistic from the tensor at hand, whatever a fit would say
+        predictor.reason = "" if predictor.reads_itself(quantizer.name) else reason
         if predictor.reason:
             fallen.setdefault(predictor.reason, []).append(name or "unnamed quantizer")
     for reason, names in fallen.items():

@@ -10,7 +10,7 @@ from dqa_plugins.state import StateModule
 
 from .features import channel_features, log
 
-LIMIT = 2048  # samples
+LIMIT = 2048  # rows; the batch that reaches it is kept whole, with its augmented samples
 _SHARES = tuple(0.3 * 0.5**k for k in range(16))  # 30% down to 1e-5
 _COARSE = tuple(0.3 * 0.2**k for k in range(6))  # of each channel
 
@@ -80,7 +80,8 @@ class SampleRecord(StateModule):
                 self.tails[rows] = torch.maximum(self.tails[rows], tails)
             return
         self.forwards, self.added = step, 0
-        if self.count >= LIMIT:
+        twins = 0 < len(x) <= self.count and torch.equal(self.samples[-len(x) :].to(samples), samples)
+        if self.count >= LIMIT and not twins:  # the augmented rows of a batch follow those of its originals
             return
         self.added = len(x)
         new = {"samples": samples, "features": features, "statistic": statistic, "tails": tails, "means": means}

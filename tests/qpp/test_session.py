@@ -161,3 +161,17 @@ def test_rows_past_the_limit_stay(monkeypatch: pytest.MonkeyPatch) -> None:
             model.relu0(torch.rand(16, 4, 12, 12) * factor)
         end(session)
     assert torch.equal(model.relu0.predictor.record.statistic[:16], before[:16])
+
+
+def test_the_batch_that_reaches_the_limit_keeps_its_augmented_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its originals are alone, and leave-group-out sees the twins of none."""
+    from dqa_plugins.qpp import record
+
+    monkeypatch.setattr(record, "LIMIT", 20)
+    model = prepared()
+    with torch.no_grad():
+        for _ in range(4):
+            model(inputs(6))
+    for _, quantizer in iter_quantizers(model):
+        _, counts = quantizer.predictor.record.samples.unique(return_counts=True)
+        assert counts.tolist() == [2] * 12
