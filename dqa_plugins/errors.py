@@ -43,6 +43,10 @@ class ChannelMismatch(DQAError, ValueError):
     """The tensor at hand has another number of channels than the quantizer, the table or the vector."""
 
 
+class DuplicateSites(DQAError, RuntimeError):
+    """Two quantizers of a model have one name."""
+
+
 class InvalidTarget(DQAError, ValueError):
     """A target is no class that the model has scores for."""
 

@@ -46,8 +46,7 @@ class Mutation(NamedTuple):
 
 
 def one(name: str, file: str, old: str, new: str, *, adapter: bool = False) -> Mutation:
-    folder = "dqa_plugins/adapters/fx" if adapter else "dqa_plugins"
-    return Mutation(name, [Edit(f"{folder}/{file}.py", old, new)], adapter)
+    return Mutation(name, [Edit(f"dqa_plugins/{file}.py", old, new)], adapter)
 
 
 DIRECT_FOR_ALL = [
@@ -172,28 +171,45 @@ MUTATIONS = [
     # ---- the FX adapter
     one(
         "fx: quantizers dropped by convert",
-        "convert",
+        "host/convert",
         "    node.target = target",
         "    node.replace_all_uses_with(node.all_input_nodes[0])\n    model.graph.erase_node(node)",
         adapter=True,
     ),
     one(
         "fx: convert does not freeze",
-        "convert",
-        "    quantizer.freeze(_consumer_weight(quantizer, model, node))",
+        "host/convert",
+        "    quantizer.freeze(_reader_weight(quantizer, model, node))",
         "    pass",
         adapter=True,
     ),
-    one("fx: sites lose their names", "place", "= site_name(producer), index", '= "", index', adapter=True),
     one(
-        "fx: channel axis 1 behind Linear",
-        "place",
-        "quantizer.producer_axis = producer_axis(producer, model)",
-        "quantizer.producer_axis = 1",
+        "fx: sites lose their names",
+        "adapters/fx/place",
+        "= site.name, site.channel_axis",
+        '= "", site.channel_axis',
         adapter=True,
     ),
     one(
-        "fx: clamps share the scale of their input", "place", "    _move_behind_clamps(model)", "    pass", adapter=True
+        "fx: channel axis 1 behind Linear",
+        "adapters/fx/place",
+        "= site.name, site.channel_axis",
+        "= site.name, 1",
+        adapter=True,
+    ),
+    one(
+        "fx: the tensor in front of a clamp is quantized too",
+        "host/placement",
+        "            self.move_behind(root, root.inputs[0])",
+        "            pass",
+        adapter=True,
+    ),
+    one(
+        "fx: moved values are quantized again",
+        "host/placement",
+        'mover.kind == "moves" and',
+        "False and",
+        adapter=True,
     ),
 ]
 

@@ -17,6 +17,7 @@ from .config import (
     noisyquant_qconfig,
     qpp_qconfig,
 )
+from .convert import quantize_model
 from .hooks import install
 from .observer import FXObserver
 
@@ -32,4 +33,5 @@ __all__ = [
     "get_qconfig_mapping",
     "noisyquant_qconfig",
     "qpp_qconfig",
+    "quantize_model",
 ]

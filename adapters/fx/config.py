@@ -16,6 +16,7 @@ from torch.ao.quantization import (
 )
 
 from dqa_plugins.errors import InvalidMethod, NotAMethod
+from dqa_plugins.host.skip import check_skip
 from dqa_plugins.methods import DQA, DenseSparse, Direct, Method, NoisyQuant, check_method
 from dqa_plugins.prediction import QPP
 
@@ -32,9 +33,7 @@ class PluginQConfigMapping(QConfigMapping):
 
     def __init__(self, skip: Iterable[str] = ()) -> None:
         super().__init__()
-        if isinstance(skip, str):
-            raise InvalidMethod(f"skip={skip!r}: give a tuple of names, such as ({skip!r},).")
-        self.skip = tuple(skip)
+        self.skip = check_skip(skip)
 
 
 class _WeightRange(MinMaxObserver):

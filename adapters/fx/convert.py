@@ -1,47 +1,50 @@
-"""What becomes of an observer in convert_fx: the frozen quantizer, as a module of the converted graph."""
+"""What becomes of an observer in convert_fx, and all of FX's flow in one call."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch import nn
+from torch.fx import GraphModule
 
-from dqa_plugins.consumers import find_consumer
-from dqa_plugins.qpp import fit
-from dqa_plugins.qpp.edges import wire
-from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.host.quantize import example_of, run_calibration, split_methods
+from dqa_plugins.methods import Method
 
-if TYPE_CHECKING:
-    from .observer import FXObserver
+from .config import get_qconfig, get_qconfig_mapping
 
 
-def convert_site(observer: FXObserver, model: GraphModule, node: Node) -> None:
-    """Freeze the quantizer and call it where the observer was called.
+def quantize_model(
+    model: nn.Module,
+    method: Method | Mapping[str, Method | None],
+    calibration: Iterable[Any],
+    *,
+    example_inputs: Any = None,
+    weight_bits: int | None = 8,
+    inputs: Callable[[Any], Any] | None = None,
+) -> GraphModule:
+    """Prepare, calibrate and convert a model by FX's own functions.
 
-    An observer shared by several nodes stays one quantizer. The node itself stays, so that its users, its place in
-    the order and its metadata do too.
+    Args:
+        model: float, in eval mode; it is not changed.
+        method: for every layer, or {site or module: method or None}; what the mapping does not name stays float,
+            unless it names "", which stands for all.
+        calibration: items: a tensor is the one input, a tuple or list the positional inputs, a dict keyword inputs.
+        example_inputs: for tracing shapes; None: the first item.
+        weight_bits: 2 to 8; None leaves weights float.
+        inputs: a function item -> inputs, for items that hold more.
 
     Raises:
-        UncalibratedQuantizer: the observer saw no data.
+        NotAMethod, InvalidMethod, UncalibratedQuantizer.
     """
-    quantizer = observer.quantizer
-    if quantizer.predictor is not None and not quantizer.predictor.fitted:
-        fit(model)
-    quantizer.freeze(_consumer_weight(quantizer, model, node))
-    target = f"quantizer_{quantizer.name.replace('.', '_')}"
-    while getattr(model, target, quantizer) is not quantizer:
-        target += "_"
-    if not hasattr(model, target):
-        model.add_submodule(target, quantizer)
-    node.target = target
-    wire(model, node, quantizer)
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-
-def _consumer_weight(quantizer: ActivationQuantizer, model: GraphModule, node: Node) -> Tensor | None:
-    if not quantizer.method.needs_next_layer or quantizer.consumer_missing:
-        return None
-    layer = find_consumer(node, model)
-    if not isinstance(layer, nn.Module) or not isinstance(layer.weight, Tensor):
-        return None
-    return layer.weight.detach().flatten(1)
+    items, example = example_of(calibration, inputs, example_inputs)
+    everywhere, named = split_methods(method)
+    mapping = get_qconfig_mapping(everywhere, weight_bits=weight_bits)
+    for name, wanted in named.items():
+        mapping.set_module_name(name, None if wanted is None else get_qconfig(wanted, weight_bits=weight_bits))
+    prepared = prepare_fx(model, mapping, example)
+    run_calibration(prepared, items, inputs)
+    converted: GraphModule = convert_fx(prepared)
+    return converted

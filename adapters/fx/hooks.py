@@ -1,61 +1,34 @@
-"""What of torch.ao.quantization's FX mode is touched, and the check that it is still there.
+"""What of torch.ao.quantization's FX mode is touched.
 
-Three functions get a wrapper, once, when this room is imported:
+Three functions get a wrapper, once, when this room is imported; `host.hooks` checks that they are still there:
 
 - `fx.convert._replace_observer_with_quantize_dequantize_node`: plain convert_fx ignores an observer's `.convert` and
   puts a stock int8 quantizer in its place, in silence (torch 2.13); its decomposed sibling calls it. The wrapper makes
   both do so. Only our observers are treated differently.
 - `quantize_fx._fuse_fx`: remembers the names of the modules that fusion is about to replace.
-- `quantize_fx.prepare`: resolves `skip`, then names and corrects our observers (see `place`).
+- `quantize_fx.prepare`: resolves `skip`, then places our observers (see `place`).
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
-import inspect
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from dqa_plugins.errors import FrameworkMismatch
+from dqa_plugins.graph.fx import name_sites
+from dqa_plugins.host import hooks
+from dqa_plugins.host.hooks import Hook, Host
 
 from .config import PluginQConfigMapping
-from .naming import fused_into, mark_sites, name_sites
+from .names import fused_into, mark_sites
 from .observer import FXObserver
-from .place import place, resolve_skip
+from .place import layers_to_skip, place
 
-MARK = "__dqa_plugins_hook__"
-
-
-def _require(module: ModuleType, name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise FrameworkMismatch(
-            f"{module.__name__}.{name} is gone in torch {torch.__version__}; the FX adapter stands on it. It was "
-            "tested with torch 2.13.0: install that version, or use the PT2E flow."
-        )
-    found = tuple(inspect.signature(function).parameters)
-    if found[: len(parameters)] != parameters:
-        raise FrameworkMismatch(
-            f"{module.__name__}.{name} takes {found} in torch {torch.__version__}, not {parameters}; the FX adapter "
-            "was tested with torch 2.13.0."
-        )
-    return function
-
-
-def _hook(module: ModuleType, name: str, parameters: tuple[str, ...], wrap: Callable[..., Any]) -> None:
-    current = getattr(module, name, None)
-    if getattr(current, MARK, False):
-        return
-    original = _require(module, name, parameters)
-    wrapper = functools.wraps(original)(wrap(original))
-    setattr(wrapper, MARK, True)
-    setattr(module, name, wrapper)
+HOST = Host("torch", str(torch.__version__), tested="2.13.0", room="FX", otherwise="use the PT2E flow")
 
 
 def _convert_hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +40,7 @@ def _convert_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(model, node, modules, *args, **kwargs)
         qconfigs = args[1] if len(args) > 1 else kwargs["node_name_to_qconfig"]
         neighbours = [*node.args, *node.users]
-        if all(convert._has_none_qconfig(n, qconfigs) for n in neighbours):
+        if not observer.by_name and all(convert._has_none_qconfig(n, qconfigs) for n in neighbours):
             # the qconfig_mapping given to convert_fx turned this one off: FX's own rule
             node.replace_all_uses_with(node.args[0])
             model.graph.erase_node(node)
@@ -79,7 +52,7 @@ def _convert_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fuse_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def fuse(model: GraphModule, *args: Any, **kwargs: Any) -> GraphModule:
-        sites = name_sites(model)
+        sites = {node.name: site for node, site in name_sites(model.graph, model).items()}
         traced = GraphModule(model, copy.deepcopy(model.graph))
         fused = original(model, *args, **kwargs)
         mark_sites(fused, sites, fused_into(traced, {node.name for node in fused.graph.nodes}))
@@ -100,7 +73,7 @@ def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> GraphModule:
         if isinstance(qconfig_mapping, PluginQConfigMapping) and qconfig_mapping.skip:
             qconfig_mapping = copy.deepcopy(qconfig_mapping)
-            for name in resolve_skip(model, qconfig_mapping.skip):
+            for name in layers_to_skip(model, qconfig_mapping.skip):
                 qconfig_mapping.set_module_name(name, None)
         prepared = original(model, qconfig_mapping, is_qat, node_name_to_scope, example_inputs, *args, **kwargs)
         place(prepared, qconfig_mapping, example_inputs, qat=is_qat)
@@ -118,17 +91,14 @@ def install() -> None:
     # the package attribute `fx.convert` is the function of that name: import_module gives the module
     convert = importlib.import_module("torch.ao.quantization.fx.convert")
     quantize_fx = importlib.import_module("torch.ao.quantization.quantize_fx")
-    _require(convert, "_has_none_qconfig", ("node", "node_name_to_qconfig"))
-    _hook(
-        convert,
-        "_replace_observer_with_quantize_dequantize_node",
-        ("model", "node", "modules", "node_name_to_scope", "node_name_to_qconfig"),
-        _convert_hook,
-    )
-    _hook(quantize_fx, "_fuse_fx", ("model", "is_qat"), _fuse_hook)
-    _hook(
-        quantize_fx,
-        "prepare",
-        ("model", "qconfig_mapping", "is_qat", "node_name_to_scope", "example_inputs"),
-        _prepare_hook,
+    hooks.require(convert, "_has_none_qconfig", HOST, ("node", "node_name_to_qconfig"))
+    replace = "_replace_observer_with_quantize_dequantize_node"
+    prepare = ("model", "qconfig_mapping", "is_qat", "node_name_to_scope", "example_inputs")
+    hooks.install(
+        [
+            Hook(convert, replace, ("model", "node", "modules", *prepare[3:4], "node_name_to_qconfig"), _convert_hook),
+            Hook(quantize_fx, "_fuse_fx", ("model", "is_qat"), _fuse_hook),
+            Hook(quantize_fx, "prepare", prepare, _prepare_hook),
+        ],
+        HOST,
     )

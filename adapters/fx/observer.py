@@ -10,6 +10,7 @@ from torch.ao.quantization.observer import ObserverBase
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import FrameworkMismatch
+from dqa_plugins.host.convert import convert_site
 from dqa_plugins.methods import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 
@@ -22,20 +23,19 @@ class FXObserver(ObserverBase):
 
     Args:
         method: of the quantizer.
-        dtype: of the claim.
     """
 
-    def __init__(self, method: Method, dtype: torch.dtype = torch.quint8, **_: Any) -> None:
-        super().__init__(dtype=dtype, is_dynamic=False)
+    def __init__(self, method: Method, **_: Any) -> None:
+        super().__init__(dtype=torch.quint8, is_dynamic=False)
         self.quantizer = ActivationQuantizer(method)
-        self.paused = False  # True while shapes are traced: neither observe nor quantize
+        self.by_name = False  # placed because its site was named: no node around it has a QConfig
         # FX and its backend checks read these; they describe the claimed quint8
         self.qscheme = torch.per_tensor_affine
         self.quant_min, self.quant_max, self.eps = 0, 255, 2**-12
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe, or in QAT fake-quantize, x of any shape."""
-        return x if self.paused else self.quantizer(x)
+        return self.quantizer(x)
 
     def calculate_qparams(self, **_: Any) -> NoReturn:
         """Never called while the convert hook is in place.
@@ -51,9 +51,7 @@ class FXObserver(ObserverBase):
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Called by FX for each node that calls this observer: put the frozen quantizer there."""
-        from .convert import convert_site
-
-        convert_site(self, model, node)
+        convert_site(self.quantizer, model, node)
 
     @staticmethod
     def convert_host(model: GraphModule) -> GraphModule:

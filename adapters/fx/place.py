@@ -1,32 +1,34 @@
-"""Which tensors of an FX-prepared model get a quantizer, under which name.
+"""Between FX's prepared graph and the judge of placement.
 
-FX decides where observers go. This pass corrects, at prepare time, what is right for int8 observers and wrong for
-low-bit quantizers:
-
-- an operation that only moves or selects values (flatten, transpose, slice, max-pool) is not quantized again;
-- a clamp (ReLU, ReLU6, Hardtanh) behind its own observer quantizes its output, not its input: FX would let both share
-  one observer, whose scale and sign are those of the input;
-- an observer shared by tensors of different channels (both sides of a cat) becomes one per tensor, where the method
-  looks at channels or is predicted.
+FX decides where observers go by rules for int8, and which layers are quantized by its QConfigMapping. Of ours the
+second stays: this pass takes our observers out of the prepared graph, asks the judge (`host.placement`) with the
+methods that FX found for each node, and puts observers where it says. Observers of torch.ao are left alone.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
-from torch.ao.quantization import QConfigMapping
-from torch.fx import GraphModule, Interpreter, Node
+from torch.ao.quantization import FakeQuantizeBase, ObserverBase, QConfigMapping
+from torch.fx import GraphModule, Node
 
-from dqa_plugins.consumers import find_consumer, geometry
-from dqa_plugins.errors import InvalidMethod
+from dqa_plugins.errors import DQAWarning
+from dqa_plugins.graph.fx import TensorFacts, describe, follow_in_place
+from dqa_plugins.graph.names import require_unique
+from dqa_plugins.graph.operations import Operation
+from dqa_plugins.host.convert import link_reader
+from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
+from dqa_plugins.host.record import record_shapes
+from dqa_plugins.host.skip import resolve_skip
+from dqa_plugins.methods import Method
 from dqa_plugins.qpp.edges import prepare_graph
-from dqa_plugins.sites import CLAMPING, PRESERVING, iter_quantizers
+from dqa_plugins.sites import iter_quantizers
 
-from .naming import operation_name, producer_axis, site_name
+from .names import site_name
 from .observer import FXObserver
 
 logger = logging.getLogger(__name__)
@@ -50,212 +52,199 @@ def observer_nodes(model: GraphModule) -> Iterator[tuple[Node, FXObserver]]:
 
 
 def place(model: GraphModule, mapping: Any, example_inputs: Any, *, qat: bool) -> None:
-    """Correct, name and start the observers of a model which FX just prepared. Changes the model in place.
+    """Put the observers of a model which FX just prepared where the judge says. Changes the model in place.
 
     Args:
         model: what FX's `prepare` returned.
         mapping: the user's QConfigMapping or dict.
         example_inputs: the user's, for shapes.
         qat: True from prepare_qat_fx.
+
+    Raises:
+        DuplicateSites: two sites have one name.
     """
-    if next(observer_nodes(model), None) is None:
-        return
-    _bypass_preserving(model)
-    _move_behind_clamps(model)
-    _override_by_site(model, mapping)
-    _separate_channels(model, example_inputs)
-    for index, (node, observer) in enumerate(observer_nodes(model)):
-        quantizer = observer.quantizer
-        if quantizer.index is not None:
-            continue  # a shared observer is named where it is first executed
-        producer = node.all_input_nodes[0]
-        quantizer.name, quantizer.index = site_name(producer), index
-        quantizer.producer_axis = producer_axis(producer, model)
-        _link_consumer(node, observer, model)
-        if qat:
-            quantizer.start_qat()
-    model.graph.lint()
-    model.recompile()
-    _drop_orphans(model)
+    if isinstance(mapping, dict):
+        mapping = QConfigMapping.from_dict(mapping)
+    asked = _Asked(model, mapping)
+    if asked.anything:
+        _take_out(model)
+        follow_in_place(model)
+        placement = find_sites(model, asked, example_inputs)
+        _put_in(model, placement, asked, qat=qat)
+        model.meta[PLACEMENT] = placement.summary()
+        _warn_unmatched(placement)
+    number(model)
     prepare_graph(model, [quantizer for _, quantizer in iter_quantizers(model)])
 
 
-def _drop_orphans(model: GraphModule) -> None:
-    """Observers that no node calls any more. torch.fx's own clean-up keeps those that have a second name."""
-    called = {node.target for node in model.graph.nodes if node.op == "call_module"}
-    for name, module in list(model._modules.items()):
-        if isinstance(module, FXObserver) and name not in called:
-            delattr(model, name)
+def find_sites(model: GraphModule, asked: _Asked, example_inputs: Any) -> Placement:
+    """Ask the judge about a prepared model without our observers."""
+    custom = model.meta["_observed_graph_module_attrs"].prepare_custom_config
+    inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
+    done = {inputs[k] for k in custom.input_quantized_indexes if k < len(inputs)}
+    operations = describe(
+        model,
+        _shapes(model, example_inputs),
+        site_of=site_name,
+        quantized=lambda node: node in done or _is_stock_observer(node, model),
+    )
+    return judge(operations, asked.method_of, overrides=asked.by_name)
 
 
-def _remove(node: Node) -> None:
-    node.replace_all_uses_with(node.all_input_nodes[0])
-    node.graph.erase_node(node)
+class _Asked:
+    """What a QConfigMapping says about the nodes of a prepared model.
 
-
-def _own(node: Node, observer: FXObserver, model: GraphModule) -> FXObserver:
-    """Give a node an observer of its own."""
-    fresh = FXObserver(observer.quantizer.method)
-    name = f"{node.name}_own"
-    while hasattr(model, name):
-        name += "_"
-    model.add_submodule(name, fresh)
-    node.target = name
-    return fresh
-
-
-def _bypass_preserving(model: GraphModule) -> None:
-    for node, _ in observer_nodes(model):
-        source = node.all_input_nodes[0]
-        if operation_name(source, model) not in PRESERVING:
-            continue
-        while operation_name(source, model) in PRESERVING and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        if observer_of(source, model) is not None:
-            _remove(node)
-
-
-def _move_behind_clamps(model: GraphModule) -> None:
-    for node, observer in observer_nodes(model):
-        clamp = node.all_input_nodes[0]
-        if operation_name(clamp, model) not in CLAMPING or not clamp.all_input_nodes:
-            continue
-        before = clamp.all_input_nodes[0]
-        if observer_of(before, model) is not None:
-            _own(node, observer, model)
-            if len(before.users) == 1:
-                _remove(before)
-
-
-def _override_by_site(model: GraphModule, mapping: Any) -> None:
-    """Honour set_module_name(site, ...) where FX itself does not.
-
-    FX ignores the name of a module that it fused into the one before it, and gives a clamp or a pool the observer,
-    and so the method, of its input.
+    Args:
+        model: prepared by FX, which found the QConfig of each node.
+        mapping: the user's.
     """
-    if not isinstance(mapping, QConfigMapping):
-        return
+
+    def __init__(self, model: GraphModule, mapping: QConfigMapping) -> None:
+        self.known: dict[int, tuple[Any, Method | None]] = {}
+        self.qconfigs = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+        # a QConfig of ours and none say what happens to a site; torch.ao's own do not
+        named = {name: (q is None, self._method(q)) for name, q in mapping.module_name_qconfigs.items()}
+        self.by_name = {name: method for name, (none, method) in named.items() if none or method is not None}
+
+    @property
+    def anything(self) -> bool:
+        """True if a method of ours is set anywhere."""
+        methods = (*map(self._method, self.qconfigs.values()), *self.by_name.values())
+        return any(method is not None for method in methods)
+
+    def method_of(self, operation: Operation) -> Method | None:
+        """The method that FX found for an operation's node."""
+        return self.of_node(operation.outputs[0].key) if operation.outputs else None
+
+    def of_node(self, node: Node) -> Method | None:
+        """The method that FX found for a node."""
+        return self._method(self.qconfigs.get(node.name))
+
+    def _method(self, qconfig: Any) -> Method | None:
+        if qconfig is None:
+            return None
+        if id(qconfig.activation) not in self.known:
+            observer = qconfig.activation()
+            method = observer.quantizer.method if isinstance(observer, FXObserver) else None
+            self.known[id(qconfig.activation)] = (qconfig.activation, method)  # held: ids are reused
+        return self.known[id(qconfig.activation)][1]
+
+
+def _is_stock_observer(node: Node, model: GraphModule) -> bool:
+    if node.op != "call_module":
+        return False
+    return isinstance(model.get_submodule(str(node.target)), ObserverBase | FakeQuantizeBase)
+
+
+def _take_out(model: GraphModule) -> None:
+    for node, _ in observer_nodes(model):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        model.graph.erase_node(node)
+    # torch.fx's own clean-up keeps modules that have a second name
+    for name, module in list(model._modules.items()):
+        if isinstance(module, FXObserver):
+            delattr(model, name)
+    model.recompile()
+
+
+def _put_in(model: GraphModule, placement: Placement, asked: _Asked, *, qat: bool) -> None:
+    observers: dict[Group, str] = {}
+    start = [node for node in model.graph.nodes if node.op == "placeholder"][-1]
+    for site in placement.sites:
+        if site.group not in observers:
+            name = f"observer_{len(observers)}"
+            while hasattr(model, name):
+                name += "_"
+            model.add_submodule(name, _observer(site))
+            observers[site.group] = name
+        called = _call(model, site, observers[site.group], start)
+        start = called if site.value.key.op == "placeholder" else start
+    model.graph.lint()
+    model.recompile()
     for node, observer in observer_nodes(model):
-        name = site_name(node.all_input_nodes[0])
-        if name not in mapping.module_name_qconfigs:
+        neighbours = [*node.all_input_nodes, *node.users]
+        observer.by_name |= not any(asked.qconfigs.get(n.name) for n in neighbours)
+        link_reader(observer.quantizer, model, node)
+        if qat and observer.quantizer.state == "observe":
+            observer.quantizer.start_qat()
+
+
+def _observer(site: Site) -> FXObserver:
+    """Named after the site that executes first; the others of its group share it."""
+    observer = FXObserver(site.method)
+    observer.quantizer.name, observer.quantizer.producer_axis = site.name, site.channel_axis
+    return observer
+
+
+def _call(model: GraphModule, site: Site, observer: str, start: Node) -> Node:
+    """Call an observer on a site's tensor; behind all inputs, `start`, if that is one."""
+    node: Node = site.value.key
+    users = list(node.users)
+    if site.readers is not None:
+        reading = {reader.outputs[0].key if reader.outputs else None for reader in site.readers}
+        users = [user for user in users if user in reading]
+    with model.graph.inserting_after(start if node.op == "placeholder" else node):
+        called = model.graph.call_module(observer, (node,))
+    for user in users:
+        user.replace_input_with(node, called)
+    return called
+
+
+def number(model: GraphModule) -> None:
+    """Give the quantizers of a prepared model their place in the order of execution, those of standalone modules too.
+
+    FX prepares standalone modules by themselves: their sites are named relative to themselves until now.
+
+    Raises:
+        DuplicateSites: two sites have one name.
+    """
+    seen: dict[int, None] = {}
+    quantizers = []
+    for node in model.graph.nodes:
+        if node.op != "call_module":
             continue
-        qconfig = mapping.module_name_qconfigs[name]
-        wanted = None if qconfig is None else qconfig.activation()
-        if wanted is None:
-            _remove(node)
-        elif isinstance(wanted, FXObserver) and wanted.quantizer.method != observer.quantizer.method:
-            _own(node, wanted, model)
+        module = model.get_submodule(str(node.target))
+        if id(module) in seen:
+            continue
+        seen[id(module)] = None
+        if isinstance(module, FXObserver):
+            quantizers.append(module.quantizer)
+        elif isinstance(module, GraphModule) and node.target:
+            for _, quantizer in iter_quantizers(module):
+                quantizer.name = f"{node.target}.{quantizer.name}"
+                quantizers.append(quantizer)
+    for index, quantizer in enumerate(quantizers):
+        quantizer.index = index
+    require_unique([quantizer.name for quantizer in quantizers])
 
 
-def _separate_channels(model: GraphModule, example_inputs: Any) -> None:
-    users: dict[int, list[tuple[Node, FXObserver]]] = {}
-    for node, observer in observer_nodes(model):
-        users.setdefault(id(observer), []).append((node, observer))
-    shared = [calls for calls in users.values() if len(calls) > 1 and _looks_closer(calls[0][1])]
-    for calls in [c for c in shared if c[0][1].quantizer.predictor is not None]:
-        for node, observer in calls[1:]:  # what is predicted for one tensor says nothing of another
-            _own(node, observer, model)
-    shared = [calls for calls in shared if calls[0][1].quantizer.predictor is None]
-    if not shared:
-        return
-    shapes = _shapes(model, example_inputs)
-    for calls in shared:
-        seen: dict[Any, FXObserver] = {}
-        for node, observer in calls:
-            shape = shapes.get(node)
-            if shape is None:
-                continue
-            method = observer.quantizer.method
-            axis = producer_axis(node.all_input_nodes[0], model)
-            axis = axis if method.channel_axis is None else method.channel_axis
-            in_range = -len(shape) <= axis < len(shape)
-            key = ("last" if axis < 0 else axis, shape[axis] if in_range else None)
-            if not seen:
-                seen[key] = observer
-            elif key in seen:
-                node.target = next(n.target for n, o in calls if observer_of(n, model) is seen[key])
-            else:
-                seen[key] = _own(node, observer, model)
-
-
-def _looks_closer(observer: FXObserver) -> bool:
-    return observer.quantizer.uses_channels or observer.quantizer.predictor is not None
-
-
-class _ShapeRecorder(Interpreter):
-    """Runs the graph once and notes the shape of every tensor."""
-
-    def __init__(self, model: GraphModule) -> None:
-        super().__init__(model)
-        self.shapes: dict[Node, tuple[int, ...]] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor):
-            self.shapes[n] = tuple(value.shape)
-        return value
-
-
-def _shapes(model: GraphModule, example_inputs: Any) -> dict[Node, tuple[int, ...]]:
-    inputs = example_inputs if isinstance(example_inputs, list | tuple) else (example_inputs,)
-    modes = {module: module.training for module in model.modules()}
-    observers = [observer for _, observer in observer_nodes(model)]
-    stock = [m for m in model.modules() if isinstance(m, torch.ao.quantization.ObserverBase | nn.Module)]
-    recorder = _ShapeRecorder(model)
+def _shapes(model: GraphModule, example_inputs: Any) -> dict[Node, TensorFacts] | None:
+    if not example_inputs and any(node.op == "placeholder" for node in model.graph.nodes):
+        return None  # a standalone module is prepared without (torch 2.13)
     try:
-        model.eval()  # a forward pass in training mode would move batch-norm statistics
-        for observer in observers:
-            observer.paused = True
-        with torch.no_grad(), _stock_observers_disabled(stock):
-            recorder.run(*inputs)
+        return record_shapes(model, example_inputs)
     except Exception as error:
         logger.warning(
-            "shapes could not be traced with the example inputs given to prepare_fx (%s: %s); observers stay shared "
-            "as FX placed them",
+            "shapes could not be traced with the example inputs given to prepare_fx (%s: %s); channels and integer "
+            "tensors are not known, and concatenations share one observer",
             type(error).__name__,
             error,
         )
-        return {}
-    finally:
-        for observer in observers:
-            observer.paused = False
-        for module, training in modes.items():
-            module.training = training
-    return recorder.shapes
+        return None
 
 
-class _stock_observers_disabled:
-    """Restores the state of torch.ao's own observers, which a forward pass would feed."""
-
-    def __init__(self, modules: list[Any]) -> None:
-        self.observers = [
-            m
-            for m in modules
-            if isinstance(m, torch.ao.quantization.ObserverBase | torch.ao.quantization.FakeQuantizeBase)
-            and not isinstance(m, FXObserver)
-        ]
-
-    def __enter__(self) -> None:
-        self.states = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.observers]
-
-    def __exit__(self, *_: Any) -> None:
-        for observer, state in zip(self.observers, self.states, strict=True):
-            observer.load_state_dict(state)
+def _warn_unmatched(placement: Placement) -> None:
+    if placement.unmatched:
+        warnings.warn(
+            DQAWarning(
+                f"set_module_name matched nothing for {', '.join(map(repr, placement.unmatched[:8]))}: the model has "
+                "no module or site of that name."
+            ),
+            stacklevel=4,
+        )
 
 
-def _link_consumer(node: Node, observer: FXObserver, model: GraphModule) -> None:
-    quantizer = observer.quantizer
-    if not quantizer.method.needs_next_layer:
-        return
-    layer = find_consumer(node, model)
-    if layer is None:
-        quantizer.consumer_missing = True
-        logger.warning("%s feeds no linear layer: its noise is searched on the activation", quantizer.label)
-    else:
-        quantizer.consumer_geometry = geometry(layer)
-
-
-def resolve_skip(model: GraphModule, skip: tuple[str, ...]) -> list[str]:
+def layers_to_skip(model: GraphModule, skip: tuple[str, ...]) -> list[str]:
     """Module names of "first", "last" and plain names, in a fused model.
 
     Raises:
@@ -266,16 +255,7 @@ def resolve_skip(model: GraphModule, skip: tuple[str, ...]) -> list[str]:
         for node in model.graph.nodes
         if node.op == "call_module" and _has_weight(model.get_submodule(str(node.target)))
     ]
-    names = []
-    for item in skip:
-        if item in ("first", "last"):
-            if layers:
-                names.append(layers[0] if item == "first" else layers[-1])
-        elif any(name == item or name.startswith(item + ".") for name, _ in model.named_modules()):
-            names.append(item)
-        else:
-            raise InvalidMethod(f"skip={item!r}: the model has no such module; layers are {', '.join(layers[:8])}, ...")
-    return names
+    return resolve_skip(skip, layers, [name for name, _ in model.named_modules()])
 
 
 def _has_weight(module: nn.Module) -> bool:

@@ -9,9 +9,10 @@ Importing this room installs its hooks into torchao (see `hooks`).
 """
 
 from .config import PluginQuantizer
+from .convert import quantize_model
 from .hooks import install
 from .observer import PT2EObserver
 
 install()
 
-__all__ = ["PT2EObserver", "PluginQuantizer"]
+__all__ = ["PT2EObserver", "PluginQuantizer", "quantize_model"]

@@ -12,25 +12,27 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import DQAWarning, InvalidMethod
+from dqa_plugins.graph.operations import Operation
+from dqa_plugins.graph.readers import geometry, next_linear
+from dqa_plugins.host.patterns import Pattern
+from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site
+from dqa_plugins.host.skip import check_skip, resolve_skip, within
 from dqa_plugins.methods import Method, check_method
 
-from .consumers import find_consumer, geometry
 from .host import (
     ANNOTATION,
     MovingAveragePerChannelMinMaxObserver,
-    QuantizationAnnotation,
     QuantizationSpec,
     Quantizer,
     SharedQuantizationSpec,
+    annotation_class,
 )
-from .naming import Unit, named_units, producer_axis
 from .observer import PT2EObserver, PT2EWeight, WeightRange
-from .place import WEIGHTED, Call, Group, Pattern, place
+from .place import Described, describe, place
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_SCHEMES = ("channel", "qpp")
-_LAYERS = frozenset("Linear Embedding Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d".split())
 
 
 def weight_spec(weight_bits: int | None, weight_scheme: str, channel_axis: int = 0) -> Any:
@@ -85,10 +87,8 @@ class PluginQuantizer(Quantizer):
 
     def __init__(self, weight_bits: int | None = 8, weight_scheme: str = "channel", skip: Iterable[str] = ()) -> None:
         super().__init__()
-        if isinstance(skip, str):
-            raise InvalidMethod(f"skip={skip!r}: give a tuple of names, such as ({skip!r},).")
         weight_spec(weight_bits, weight_scheme)
-        self.weight_bits, self.weight_scheme, self.skip = weight_bits, weight_scheme, tuple(skip)
+        self.weight_bits, self.weight_scheme, self.skip = weight_bits, weight_scheme, check_skip(skip)
         self._global: Method | None = None
         self._names: dict[str, Method | None] = {}
         self._types: dict[str, Method | None] = {}
@@ -127,18 +127,19 @@ class PluginQuantizer(Quantizer):
         Raises:
             InvalidMethod: a name given to `skip` or set_module_name is nowhere in the model.
         """
-        calls = named_units(model.graph)
-        skipped = self._check_names(calls)
-        taken = {unit.output for unit in calls if any(ANNOTATION in node.meta for node in unit.nodes)}
-        patterns, placed = place(
-            model.graph,
-            lambda unit: None if unit.output in taken else self._method(unit, skipped),
-            self._override,
-        )
-        for pattern in patterns:
-            self._annotate_pattern(pattern)
-        _annotate_activations(model, placed, {node: unit for unit in calls for node in unit.nodes})
-        if not placed and any(m is not None for m in (self._global, *self._names.values(), *self._types.values())):
+        graph = describe(model.graph)
+        skipped = self._check_names(graph.operations)
+        taken = {op for op, unit in graph.units.items() if any(ANNOTATION in node.meta for node in unit.nodes)}
+        placement = place(graph, lambda op: None if op in taken else self._method(op, skipped), self._names)
+        if placement.unmatched:
+            raise _unknown(placement.unmatched[0], graph.operations)
+        for pattern in placement.patterns:
+            self._annotate_pattern(pattern, graph)
+        _annotate_activations(model, placement, graph)
+        model.meta[PLACEMENT] = placement.summary()
+        if not placement.sites and any(
+            m is not None for m in (self._global, *self._names.values(), *self._types.values())
+        ):
             warnings.warn(
                 DQAWarning(
                     "PluginQuantizer placed no quantizer: no call of the graph has a method, or another Quantizer "
@@ -154,67 +155,49 @@ class PluginQuantizer(Quantizer):
 
     # ------------------------------------------------------------ which method
 
-    def _method(self, unit: Unit, skipped: frozenset[str]) -> Method | None:
-        if any(unit.path == name or unit.path.startswith(name + ".") for name in skipped):
+    def _method(self, operation: Operation, skipped: list[str]) -> Method | None:
+        path = operation.path
+        if operation.how in ("input", "parameter", "output") or within(path, skipped):
             return None
-        named = [name for name in self._names if unit.path == name or unit.path.startswith(name + ".")]
+        named = [name for name in self._names if within(path, (name,))]
         if named:
             return self._names[max(named, key=len)]
-        for kind in unit.types:
+        for kind in operation.types:
             if kind in self._types:
                 return self._types[kind]
         return self._global
 
-    def _override(self, unit: Unit) -> tuple[bool, Method | None]:
-        name = unit.site
-        if name not in self._names and unit.how == "input":
-            name = "input"
-        if name not in self._names:
-            return False, None
-        return True, self._names[name]
-
-    def _check_names(self, calls: list[Unit]) -> frozenset[str]:
-        layers = [unit.path for unit in calls if unit.how == "module" and unit.op in _LAYERS]
-        sites = {unit.site for unit in calls} | {"input"}
-        paths = {unit.path for unit in calls}
-
-        def known(name: str) -> bool:
-            return any(path == name or path.startswith(name + ".") for path in paths)
-
-        for name in self._names:
-            if name not in sites and not known(name):
-                raise InvalidMethod(
-                    f"set_module_name({name!r}): no module or site of the model; modules are "
-                    f"{', '.join(sorted(paths - {''})[:8])}, ..."
-                )
-        skipped = set()
-        for item in self.skip:
-            if item in ("first", "last"):
-                skipped.update(layers[:1] if item == "first" else layers[-1:])
-            elif known(item):
-                skipped.add(item)
-            else:
-                raise InvalidMethod(
-                    f"skip={item!r}: the model has no such module; layers are {', '.join(layers[:8])}, ..."
-                )
-        return frozenset(skipped)
+    def _check_names(self, operations: list[Operation]) -> list[str]:
+        layers = [op.path for op in operations if op.how == "module" and _has_weight(op)]
+        return resolve_skip(self.skip, layers, [op.path for op in operations])
 
     # ------------------------------------------------------------ annotations
 
-    def _annotate_pattern(self, pattern: Pattern) -> None:
-        for unit in pattern.units:
-            for node in unit.nodes:
+    def _annotate_pattern(self, pattern: Pattern, graph: Described) -> None:
+        for operation in pattern.operations:
+            for node in graph.units[operation].nodes:
                 _annotation(node)
-        if pattern.root.op not in WEIGHTED:
+        if not pattern.root.name.startswith(("conv", "linear")):
             return
-        axis = 1 if "ranspose" in pattern.root.op else 0
+        axis = 1 if "transpose" in pattern.root.name else 0
         spec = weight_spec(self.weight_bits, self.weight_scheme, axis)
-        for node in pattern.root.nodes:
+        for node in graph.units[pattern.root].nodes:
             if _is_layer(node):
                 # torchao's QAT rewrite takes the first two entries for input and weight (0.18)
                 entries = _annotation(node).input_qspec_map
                 entries.setdefault(node.args[0], None)
                 entries[node.args[1]] = spec
+
+
+def _has_weight(operation: Operation) -> bool:
+    return operation.name.startswith(("conv", "linear", "embedding"))
+
+
+def _unknown(name: str, operations: list[Operation]) -> InvalidMethod:
+    paths = sorted({op.path for op in operations if op.how == "module"})
+    return InvalidMethod(
+        f"set_module_name({name!r}): no module or site of the model; modules are {', '.join(paths[:8])}, ..."
+    )
 
 
 def _is_layer(node: Node) -> bool:
@@ -223,56 +206,46 @@ def _is_layer(node: Node) -> bool:
 
 def _annotation(node: Node) -> Any:
     # implicit sharing would merge observers by dtype; ours say explicitly what they share
-    empty = QuantizationAnnotation(allow_implicit_sharing=False, _annotated=True)
-    # X86InductorQuantizer reads this of every annotated node, though only its own annotations have it (torchao 0.18)
-    empty._is_output_of_quantized_pattern = False
-    return node.meta.setdefault(ANNOTATION, empty)
+    return node.meta.setdefault(ANNOTATION, annotation_class()(allow_implicit_sharing=False, _annotated=True))
 
 
-def _annotate_activations(model: GraphModule, placed: list[Call], producer: dict[Node, Unit]) -> None:
+def _annotate_activations(model: GraphModule, placement: Placement, graph: Described) -> None:
     """Write one QuantizationSpec per quantizer, and SharedQuantizationSpecs where it is called again."""
     position = {node: index for index, node in enumerate(model.graph.nodes)}
-    groups: dict[Group, list[Call]] = {}
-    for call in placed:
-        groups.setdefault(call.group, []).append(call)
-    for group, calls in groups.items():
-        places: list[tuple[int, int, Call, Node | None]] = []
-        for call in calls:
-            if call.edges is None:
-                places.append((position[call.value], 1, call, None))
-            places.extend((position[node], 0, call, node) for node in dict.fromkeys(call.edges or ()))
+    index = {site: k for k, site in enumerate(placement.sites)}
+    groups: dict[Group, list[Site]] = {}
+    for site in placement.sites:
+        groups.setdefault(site.group, []).append(site)
+    for sites in groups.values():
+        calls: list[tuple[int, int, Node, Node | None]] = []  # (where, input before output, value, reader)
+        for site in sites:
+            reading = graph.reading(site)
+            if reading is None:
+                calls.append((position[site.value.key], 1, site.value.key, None))
+            calls.extend((position[node], 0, site.value.key, node) for node in dict.fromkeys(reading or ()))
         # torchao makes the observer where it meets the group first, a node's inputs before its output
-        places.sort(key=lambda entry: entry[:2])
-        first = _edge_or_node(places[0][2], places[0][3])
-        for place_index, (_, _, call, reader) in enumerate(places):
-            spec = (
-                SharedQuantizationSpec(first) if place_index else _spec(model, group.method, calls[0], placed, producer)
-            )
-            if reader is None:
-                _annotation(call.value).output_qspec = spec
+        calls.sort(key=lambda call: call[:2])
+        spec, (_, _, value, reader) = _spec(model, sites[0], index[sites[0]], graph), calls[0]
+        for k, call in enumerate(calls):
+            shared = SharedQuantizationSpec(value if reader is None else (value, reader)) if k else spec
+            if call[3] is None:
+                _annotation(call[2]).output_qspec = shared
             else:
-                _annotation(reader).input_qspec_map[call.value] = spec
+                _annotation(call[3]).input_qspec_map[call[2]] = shared
 
 
-def _edge_or_node(call: Call, reader: Node | None) -> Any:
-    return call.value if reader is None else (call.value, reader)
-
-
-def _spec(model: GraphModule, method: Method, call: Call, placed: list[Call], producer: dict[Node, Unit]) -> Any:
-    """The spec of a quantizer, named after the call that executes first."""
+def _spec(model: GraphModule, site: Site, index: int, graph: Described) -> Any:
+    """The spec of a quantizer, named after the site that executes first."""
     consumer = None
-    if method.needs_next_layer:
-        layer = find_consumer(call.value.users if call.edges is None else call.edges, model)
+    if site.method.needs_next_layer:
+        reading = graph.reading(site)
+        layer = next_linear(site.value.key.users if reading is None else reading, model)
         if layer is None:
-            logger.warning("'%s' feeds no linear layer: its noise is searched on the activation", call.site)
+            logger.warning("'%s' feeds no linear layer: its noise is searched on the activation", site.name)
         else:
-            consumer = geometry(layer)
+            consumer = geometry(layer, model)
     constructor = PT2EObserver.with_args(
-        method=method,
-        name=call.site,
-        index=placed.index(call),
-        producer_axis=producer_axis(call.unit, producer),
-        consumer=consumer,
+        method=site.method, name=site.name, index=index, producer_axis=site.channel_axis, consumer=consumer
     )
     # no qscheme: no other Quantizer's spec equals it, so torchao never merges our observers with theirs
     return QuantizationSpec(torch.uint8, constructor, 0, 255, None)

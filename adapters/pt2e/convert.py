@@ -1,46 +1,68 @@
-"""What becomes of an observer in convert_pt2e: the frozen quantizer, as a module of the converted graph."""
+"""All of PT2E's flow in one call."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from torch import Tensor
-from torch.fx import GraphModule, Node
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from dqa_plugins.qpp import fit
-from dqa_plugins.qpp.edges import wire
-from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.host.quantize import as_call, example_of, run_calibration, split_methods
+from dqa_plugins.methods import Method
 
-from .consumers import consumer_weight, find_consumer
-
-if TYPE_CHECKING:
-    from .observer import PT2EObserver
+from .config import PluginQuantizer
 
 
-def convert_site(observer: PT2EObserver, model: GraphModule, node: Node) -> None:
-    """Freeze the quantizer and call it where the observer was called.
+def quantize_model(
+    model: nn.Module,
+    method: Method | Mapping[str, Method | None],
+    calibration: Iterable[Any],
+    *,
+    example_inputs: Any = None,
+    weight_bits: int | None = 8,
+    inputs: Callable[[Any], Any] | None = None,
+) -> GraphModule:
+    """Export, prepare, calibrate and convert a model by the functions of torch.export and torchao.
 
-    An observer shared by several nodes stays one quantizer. The node itself stays, so that its users, its place in
-    the order and its metadata do too.
+    The batch is dynamic where the model and its example allow it: every tensor has two samples or more.
+
+    Args:
+        model: float, in eval mode; it is not changed. An exported program's module is taken as it is.
+        method: for every layer, or {site or module: method or None}; what the mapping does not name stays float,
+            unless it names "", which stands for all.
+        calibration: items: a tensor is the one input, a tuple or list the positional inputs, a dict keyword inputs.
+        example_inputs: for the export; None: the first item.
+        weight_bits: 2 to 8; None leaves weights float.
+        inputs: a function item -> inputs, for items that hold more.
 
     Raises:
-        UncalibratedQuantizer: the observer saw no data.
+        NotAMethod, InvalidMethod, UncalibratedQuantizer.
     """
-    quantizer = observer.quantizer
-    if quantizer.predictor is not None and not quantizer.predictor.fitted:
-        fit(model)
-    quantizer.freeze(_consumer_weight(quantizer, model, node))
-    target = f"quantizer_{quantizer.name.replace('.', '_')}"
-    while getattr(model, target, quantizer) is not quantizer:
-        target += "_"
-    if not hasattr(model, target):
-        model.add_submodule(target, quantizer)
-    node.target = target
-    wire(model, node, quantizer)
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    items, example = example_of(calibration, inputs, example_inputs)
+    everywhere, named = split_methods(method)
+    quantizer = PluginQuantizer(weight_bits=weight_bits).set_global(everywhere)
+    for name, wanted in named.items():
+        quantizer.set_module_name(name, wanted)
+    prepared = prepare_pt2e(model if isinstance(model, GraphModule) else _exported(model, example), quantizer)
+    run_calibration(prepared, items, inputs)
+    converted: GraphModule = convert_pt2e(prepared)
+    return converted
 
 
-def _consumer_weight(quantizer: ActivationQuantizer, model: GraphModule, node: Node) -> Tensor | None:
-    if not quantizer.method.needs_next_layer or quantizer.consumer_missing:
-        return None
-    layer = find_consumer(list(node.users), model)
-    return None if layer is None else consumer_weight(layer, model)
+def _exported(model: nn.Module, example: Any) -> GraphModule:
+    positional, keywords = as_call(example)
+    tensors = [x for x in (*positional, *keywords.values()) if isinstance(x, Tensor)]
+    if all(x.ndim and x.shape[0] > 1 for x in tensors):
+        names = [*itertools.islice(inspect.signature(model.forward).parameters, len(positional)), *keywords]
+        given = (*positional, *keywords.values())
+        shapes = {
+            n: {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) else None for n, x in zip(names, given, strict=True)
+        }
+        return torch.export.export(model, positional, keywords, dynamic_shapes=shapes).module()
+    return torch.export.export(model, positional, keywords).module()

@@ -1,10 +1,10 @@
-"""What of torchao's PT2E mode is touched, and the check that it is still there.
+"""What of torchao's PT2E mode is touched; `host.hooks` checks that it is still there.
 
-Three functions get a wrapper, once, when this room is imported. All are looked up in their module at call time, so
+Four functions get a wrapper, once, when this room is imported. All are looked up in their module at call time, so
 it does not matter whether prepare_pt2e was imported before. Only our observers are treated differently.
 
-- `quantize_pt2e._fuse_conv_bn_`: names the sites before batch norms disappear into convolutions; a Quantizer is only
-  asked afterwards (torchao 0.18).
+- `quantize_pt2e._fuse_conv_bn_` and `_fuse_linear_bn_`: names the sites before batch norms disappear into layers; a
+  Quantizer is only asked afterwards (torchao 0.18). Batch norms behind a layer that others read too stay.
 - `quantize_pt2e.prepare`: tells our observers that prepare_qat_pt2e is at work, which no Quantizer gets to know.
 - `export_utils._replace_dropout`: move_exported_model_to_eval and _to_train end there. They rewrite dropout and batch
   norm and leave `.training` of observers alone; ours must stop learning in eval mode.
@@ -12,52 +12,61 @@ it does not matter whether prepare_pt2e was imported before. Only our observers 
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
-import inspect
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from dqa_plugins.errors import FrameworkMismatch
+from dqa_plugins.graph.names import require_unique
+from dqa_plugins.host import hooks
+from dqa_plugins.host.hooks import Hook, Host
 from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
 from .host import ANNOTATION, TESTED, torchao
-from .naming import name_sites
+from .names import name_sites, readers
 from .observer import PT2EObserver, PT2EWeight
 
-MARK = "__dqa_plugins_hook__"
-
-
-def _hook(module: ModuleType, name: str, parameters: tuple[str, ...], wrap: Callable[..., Any]) -> None:
-    original = getattr(module, name, None)
-    if getattr(original, MARK, False):
-        return
-    if not callable(original):
-        raise FrameworkMismatch(
-            f"{module.__name__}.{name} is gone in torchao {torchao.__version__}; the PT2E adapter stands on it. It was "
-            f"tested with torchao {TESTED}: install that version, or use the FX flow."
-        )
-    found = tuple(inspect.signature(original).parameters)
-    if found[: len(parameters)] != parameters:
-        raise FrameworkMismatch(
-            f"{module.__name__}.{name} takes {found} in torchao {torchao.__version__}, not {parameters}; the PT2E "
-            f"adapter was tested with torchao {TESTED}."
-        )
-    wrapper = functools.wraps(original)(wrap(original))
-    setattr(wrapper, MARK, True)
-    setattr(module, name, wrapper)
+_NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default)
+HOST = Host("torchao", str(torchao.__version__), tested=TESTED, room="PT2E", otherwise="use the FX flow")
 
 
 def _fuse_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def fuse(m: GraphModule, *args: Any, **kwargs: Any) -> Any:
         name_sites(m.graph)
-        return original(m, *args, **kwargs)
+        with _shared_layers_kept(m):
+            return original(m, *args, **kwargs)
 
     return fuse
+
+
+@contextlib.contextmanager
+def _shared_layers_kept(m: GraphModule) -> Iterator[None]:
+    """Hide layers that others read too from the batch norms behind them.
+
+    torchao folds a batch norm into a layer whatever else reads that (0.18): y + norm(y) would become 2 norm(y).
+    """
+    hidden = []
+    for norm in [n for n in m.graph.nodes if n.target in _NORMS]:
+        layer = norm.args[0]
+        if len(readers(layer)) > 1:
+            with m.graph.inserting_before(norm):
+                alias = m.graph.call_function(torch.ops.aten.alias.default, (layer,))
+            alias.meta = dict(layer.meta)
+            norm.replace_input_with(layer, alias)
+            hidden.append((alias, layer))
+    try:
+        yield
+    finally:
+        for alias, layer in hidden:
+            alias.replace_all_uses_with(layer)
+            m.graph.erase_node(alias)
+        if hidden:
+            m.recompile()
 
 
 def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +78,9 @@ def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
                     module.quantizer.start_qat()
                 elif isinstance(module, PT2EWeight):
                     module.enable_fake_quant()
-        prepare_graph(prepared, [quantizer for _, quantizer in iter_quantizers(prepared)])
+        quantizers = [quantizer for _, quantizer in iter_quantizers(prepared)]
+        require_unique([quantizer.name for quantizer in quantizers], "the prepared model")
+        prepare_graph(prepared, quantizers)
         return prepared
 
     return prepare
@@ -99,6 +110,12 @@ def install() -> None:
             f"torchao {torchao.__version__} keeps annotations elsewhere than in Node.meta[{ANNOTATION!r}]; the PT2E "
             f"adapter was tested with torchao {TESTED}."
         )
-    _hook(quantize_pt2e, "_fuse_conv_bn_", ("m",), _fuse_hook)
-    _hook(quantize_pt2e, "prepare", ("model", "node_name_to_scope", "is_qat"), _prepare_hook)
-    _hook(export_utils, "_replace_dropout", ("m", "train_to_eval"), _dropout_hook)
+    hooks.install(
+        [
+            Hook(quantize_pt2e, "_fuse_conv_bn_", ("m",), _fuse_hook),
+            Hook(quantize_pt2e, "_fuse_linear_bn_", ("m",), _fuse_hook),
+            Hook(quantize_pt2e, "prepare", ("model", "node_name_to_scope", "is_qat"), _prepare_hook),
+            Hook(export_utils, "_replace_dropout", ("m", "train_to_eval"), _dropout_hook),
+        ],
+        HOST,
+    )

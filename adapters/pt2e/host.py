@@ -6,6 +6,8 @@ silence (torchao 0.18).
 
 from __future__ import annotations
 
+import sys
+
 from dqa_plugins.errors import FrameworkMismatch, missing
 
 try:
@@ -36,6 +38,17 @@ except ImportError as error:
     ) from error
 
 ANNOTATION = "quantization_annotation"  # key in Node.meta
+_X86 = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
+
+
+def annotation_class() -> type[QuantizationAnnotation]:
+    """The class of our annotations.
+
+    X86InductorQuantizer asserts that the annotations of its neighbours are of its own class (torchao 0.18): where it is
+    loaded, ours are.
+    """
+    return getattr(sys.modules.get(_X86), "_X86InductorQuantizationAnnotation", QuantizationAnnotation)
+
 
 __all__ = [
     "ANNOTATION",
@@ -49,5 +62,6 @@ __all__ = [
     "QuantizationSpec",
     "Quantizer",
     "SharedQuantizationSpec",
+    "annotation_class",
     "torchao",
 ]

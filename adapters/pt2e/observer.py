@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import FrameworkMismatch
+from dqa_plugins.host.convert import convert_site
 from dqa_plugins.methods import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 
@@ -24,7 +25,7 @@ class PT2EObserver(FakeQuantizeBase):
     Args:
         method: of the quantizer.
         name, index, producer_axis: of the quantizer, known when the graph is annotated.
-        consumer: the geometry of the next linear layer for objective="output" (see `consumers`); None: none is known.
+        consumer: the geometry of the next linear layer for objective="output" (see `graph.readers`); None: unknown.
         dtype, quant_min, quant_max, qscheme, is_dynamic: what torchao passes on from the QuantizationSpec; unused.
     """
 
@@ -75,9 +76,7 @@ class PT2EObserver(FakeQuantizeBase):
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Called by torchao for each node that calls this observer: put the frozen quantizer there."""
-        from .convert import convert_site
-
-        convert_site(self, model, node)
+        convert_site(self.quantizer, model, node)
 
     @staticmethod
     def convert_host(model: GraphModule) -> GraphModule:

@@ -17,6 +17,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 from dqa_plugins.adapters.pt2e import PluginQuantizer, PT2EObserver, hooks
 from dqa_plugins.errors import FrameworkMismatch
+from dqa_plugins.host.hooks import Hook, install
 
 from .zoo import calibrate, exported, inputs
 
@@ -37,10 +38,10 @@ def test_a_changed_torchao_is_refused_by_name() -> None:
     """A function that is gone, and one whose parameters changed."""
     fake = types.ModuleType("torchao.fake")
     with pytest.raises(FrameworkMismatch, match=r"torchao\.fake\.prepare is gone"):
-        hooks._hook(fake, "prepare", ("model",), lambda f: f)
+        install([Hook(fake, "prepare", ("model",), lambda f: f)], hooks.HOST)
     fake.prepare = lambda graph: graph  # type: ignore[attr-defined]
     with pytest.raises(FrameworkMismatch, match=r"takes \('graph',\)"):
-        hooks._hook(fake, "prepare", ("model",), lambda f: f)
+        install([Hook(fake, "prepare", ("model",), lambda f: f)], hooks.HOST)
 
 
 def test_installing_twice_wraps_once() -> None:
@@ -55,7 +56,7 @@ def test_stock_quantizers_do_not_notice() -> None:
     """X86's model, prepared through the hooks, equals the one without."""
     outputs = []
     for wrapped in (True, False):
-        saved = {name: getattr(quantize_pt2e, name) for name in ("prepare", "_fuse_conv_bn_")}
+        saved = {name: getattr(quantize_pt2e, name) for name in ("prepare", "_fuse_conv_bn_", "_fuse_linear_bn_")}
         if not wrapped:
             for name, function in saved.items():
                 setattr(quantize_pt2e, name, function.__wrapped__)

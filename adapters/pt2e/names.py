@@ -1,4 +1,4 @@
-"""Site names, operation names and channel axes of the nodes of an exported graph.
+"""Site names and operation names of the nodes of an exported graph.
 
 FX sees modules and functions, an exported graph sees aten operators. Two entries of Node.meta lead back:
 `nn_module_stack`, the modules around a call ('@1' in a key marks the second call), and `torch_fn` or, after a strict
@@ -9,14 +9,14 @@ Names are written into Node.meta before prepare_pt2e folds batch norms: afterwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from dqa_plugins.sites import ELEMENTWISE, SiteNames, default_channel_axis
+from dqa_plugins.graph.fx import sources
+from dqa_plugins.graph.names import SiteNames
 
 SITE = "dqa_site"  # key in Node.meta
 
@@ -58,21 +58,25 @@ class Unit:
     @property
     def output(self) -> Node:
         """The node whose value is that of the call."""
-        return self.nodes[-1]
+        return self.outputs[0]
 
-    def inputs(self) -> Iterator[tuple[Node, Node]]:
-        """(value, reading node) of each tensor that comes from outside, parameters of modules left out."""
+    @property
+    def outputs(self) -> list[Node]:
+        """The nodes that others read, in order: one, or the parts of a tuple; the last where nothing is read."""
         mine = set(self.nodes)
+        return [node for node in self.nodes if any(user not in mine for user in readers(node))] or self.nodes[-1:]
+
+    def sources(self) -> list[Node]:
+        """The nodes of other calls that it reads, in the order of its arguments, parameters of modules left out.
+
+        A node that one operator reads twice is there twice.
+        """
+        mine = set(self.nodes)
+        found: list[Node] = []
         for node in self.nodes:
-            for value in node.all_input_nodes:
-                if value not in mine and not (self.how == "module" and value.op == "get_attr"):
-                    yield value, node
-
-
-def is_float(node: Node) -> bool:
-    """True if the node's value is one floating-point tensor."""
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+            outside = [n for n in sources(node) if n not in mine and not (self.how == "module" and n.op == "get_attr")]
+            found.extend(n for n in outside if n not in found or len(self.nodes) == 1)
+        return found
 
 
 def readers(node: Node) -> list[Node]:
@@ -152,7 +156,7 @@ def _stack(node: Node) -> list[tuple[str, Any]]:
 
 def _order(graph: Graph) -> Any:
     position = {node: index for index, node in enumerate(graph.nodes)}
-    return lambda unit: position[unit.output]
+    return lambda unit: position[unit.nodes[-1]]
 
 
 def name_sites(graph: Graph) -> None:
@@ -164,7 +168,7 @@ def name_sites(graph: Graph) -> None:
     calls = units(graph)
     if any(SITE in unit.output.meta for unit in calls if unit.how != "input"):
         return
-    names = SiteNames()
+    names = SiteNames(unit.path for unit in calls if unit.how == "module")
     for unit in calls:
         if unit.how == "module":
             unit.site = names.module(unit.path)
@@ -174,8 +178,8 @@ def name_sites(graph: Graph) -> None:
     of_node = {node: unit for unit in calls for node in unit.nodes}
     for unit in calls:
         if unit.op.startswith("BatchNorm"):
-            before = next((of_node[value] for value, _ in unit.inputs() if value in of_node), None)
-            if before is not None and before.op.startswith(("Conv", "Linear")):
+            before = next((of_node[value] for value in unit.sources() if value in of_node), None)
+            if before is not None and before.op.startswith(("Conv", "Linear")) and len(readers(before.output)) == 1:
                 _mark(before, unit.site)
 
 
@@ -191,26 +195,3 @@ def named_units(graph: Graph) -> list[Unit]:
     for unit in calls:
         unit.site = str(unit.output.meta.get(SITE, unit.site or unit.output.name))
     return calls
-
-
-def producer_axis(unit: Unit | None, producer: dict[Node, Unit]) -> int:
-    """Channel axis of the tensor a call produces: last behind Linear and its like, else 1.
-
-    Elementwise operations hand the axis on: last if it is the last of any operand.
-
-    Args:
-        unit: the call; None: a parameter.
-        producer: the call that made each node's value.
-    """
-    seen: set[Unit | None] = {None}
-    queue = [unit]
-    while queue:
-        unit = queue.pop()
-        if unit is None or unit in seen:
-            continue
-        seen.add(unit)
-        if default_channel_axis(unit.op) == -1:
-            return -1
-        if unit.op in ELEMENTWISE:
-            queue.extend(producer.get(value) for value, _ in unit.inputs())
-    return 1

@@ -1,0 +1,1 @@
+"""What adapters share: which tensors are quantized, hooks into a host, skipping, recording, converting a site."""

@@ -1,0 +1,55 @@
+"""Operations that a host fuses into one, found in descriptions: where it has fused them already, nothing is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dqa_plugins.graph.operations import Operation
+
+_WITH_RELU = frozenset("conv1d conv2d conv3d linear add mul batchnorm batchnorm2d batchnorm3d".split())
+
+
+@dataclass(eq=False)
+class Pattern:
+    """Operations that a host fuses: one, or a layer with the batch norm and ReLU behind it."""
+
+    operations: list[Operation]
+
+    @property
+    def root(self) -> Operation:
+        """The first: the layer."""
+        return self.operations[0]
+
+    @property
+    def last(self) -> Operation:
+        """The one whose result is quantized."""
+        return self.operations[-1]
+
+
+def find_patterns(operations: Sequence[Operation]) -> list[Pattern]:
+    """The calls of a network as its host fuses them, in the order of their layers."""
+    found, taken = [], set()
+    for operation in operations:
+        if operation in taken or operation.how in ("input", "parameter", "output"):
+            continue
+        pattern = Pattern([operation])
+        for fits in (_is_folded_norm, _is_fused_relu):
+            readers = pattern.last.outputs[0].readers if pattern.last.outputs else []
+            following = readers[0] if len(readers) == 1 else None
+            if following is not None and following not in taken and fits(pattern, following):
+                pattern.operations.append(following)
+                taken.add(following)
+        found.append(pattern)
+    return found
+
+
+def _is_folded_norm(pattern: Pattern, following: Operation) -> bool:
+    layer = pattern.root.how == "module" and pattern.root.name.startswith(("conv", "linear"))
+    return layer and following.how == "module" and following.name.startswith("batchnorm")
+
+
+def _is_fused_relu(pattern: Pattern, following: Operation) -> bool:
+    if pattern.root.name not in _WITH_RELU or (pattern.root.name == "linear" and len(pattern.operations) > 1):
+        return False
+    return following.name == "relu"
