@@ -40,6 +40,14 @@ class QuantizerParameters(StateModule):
     extra_bits: Tensor
     noise: Tensor
 
+    @property
+    def SHAPES(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
+        """The vectors are the method's."""
+        static = dict.fromkeys(("scale", "lower", "upper"), ("", "G"))
+        return (
+            static | {"factor": ("", "1", "G")} | dict.fromkeys((*self.method.vectors, "extra_bits", "noise"), ("C",))
+        )
+
     def __init__(self, method: Method, *, name: str = "", producer_axis: int = 1, index: int | None = None) -> None:
         super().__init__()
         self.method = check_method(method, type(self).__name__)
@@ -200,11 +208,28 @@ class QuantizerParameters(StateModule):
         return to_bytes(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # before any buffer is touched: a refused state changes nothing
+        # before any buffer is touched, those of the modules inside included: a refused state changes nothing
         if prefix + "_extra_state" in state_dict:
-            read_state(state_dict[prefix + "_extra_state"], self.method, self.label)
-            check_buffers({name: state_dict.get(prefix + name) for name in self._buffers}, self.method, self.label)
+            self._check_state({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_state(self, loaded: dict[str, Any]) -> None:
+        state = read_state(loaded["_extra_state"], self.method, self.label)
+        sizes = {"S": len(self.method.statistic(self.method.signed))}
+        if self.method.granularity == "tensor":
+            sizes["G"] = 1
+        elif state["channels"] is not None:
+            sizes["G"] = state["channels"]
+        if state["channels"] is not None:
+            sizes["C"] = state["channels"]
+        self.check_loaded(loaded, dict(sizes), self.label)
+        check_buffers(loaded, state, self.method, self.label)
+        for name, module in self.named_children():
+            if isinstance(module, StateModule):
+                inside = {k.removeprefix(name + "."): v for k, v in loaded.items() if k.startswith(name + ".")}
+                module.check_loaded(inside, dict(sizes), self.label)
+        if self.predictor is not None:
+            self.predictor.check_description(state["predictor"], self.label)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Inverse of `get_extra_state`.

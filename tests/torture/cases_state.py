@@ -148,9 +148,12 @@ def edit(state: dict[str, Any], case: EditedCase) -> str:
     elif case.edit == "value":
         changed = value.clone()
         junk = [float("nan"), float("inf"), -1.0, 0.0, 1e30, -1e30, 255.0, 0.5][case.junk % 8]
-        changed.view(-1)[case.field % value.numel()] = junk if value.is_floating_point() else int(
-            min(max(junk, -128), 127) if junk == junk and value.dtype != torch.bool else 0
-        ) % (256 if value.dtype == torch.uint8 else 2**62)
+        changed.view(-1)[case.field % value.numel()] = (
+            junk
+            if value.is_floating_point()
+            else int(min(max(junk, -128), 127) if junk == junk and value.dtype != torch.bool else 0)
+            % (256 if value.dtype == torch.uint8 else 2**62)
+        )
         state[key] = changed
     elif case.edit == "truncate":
         state[key] = value[: value.numel() * case.junk // len(JUNK)]
@@ -197,10 +200,13 @@ class HistoryCase(NamedTuple):
     calls: tuple[int | str, ...]
 
 
+CALLS = ("copy", "save", "pickle", "eval", "train", "half")
 histories = st.builds(
     HistoryCase,
     methods,
-    st.lists(st.one_of(st.integers(0, 99), st.sampled_from(["copy", "save", "pickle", "eval", "train", "half"])), max_size=8)
+    st.lists(
+        st.one_of(st.integers(0, 99), st.sampled_from(["copy", "save", "pickle", "eval", "train", "half"])), max_size=8
+    )
     .map(tuple)
     .map(lambda calls: (7, *calls)),
 )

@@ -23,7 +23,6 @@ from .material import (
     methods,
     quantizer_of,
     same,
-    sample_shapes,
     samples,
     seeds,
     specs,

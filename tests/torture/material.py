@@ -20,7 +20,9 @@ OTHER_DTYPES = (
     "float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
 ).split()
 CHARACTERS = "normal relu negative ties zeros constant zero_channel sparse outlier heavy tiny denormal huge".split()
-DENSE_LAYOUTS = "plain permuted sliced offset expanded neg_view imaginary parameter subclass channels_last flipped".split()
+DENSE_LAYOUTS = (
+    "plain permuted sliced offset expanded neg_view imaginary parameter subclass channels_last flipped".split()
+)
 OTHER_LAYOUTS = "coo csr csc bsr mkldnn nested jagged meta".split()
 
 
