@@ -52,8 +52,15 @@ class Checkpoint:
                 f"the checkpoint {str(path)!r} was made with other {', '.join(differing)}. Delete it, or give another "
                 "file name."
             )
-        for layer in RankTable.from_dict(data.get("table"), f"{str(path)!r}"):
-            self.done[layer.name] = layer
+        table = RankTable.from_dict(data.get("table"), f"{str(path)!r}")
+        expected = [(name, channels) for name, channels, *_ in self.identity.get("layers", [])]
+        done = [(layer.name, layer.channels) for layer in table]
+        if done != expected[: len(done)]:
+            raise RankTableError(
+                f"{str(path)!r}: its table ranks {done[:3]}, the search goes through {expected[:3]}; the file is "
+                "damaged. Delete it."
+            )
+        self.done = {layer.name: layer for layer in table}
 
     def add(self, layer: LayerRanks) -> None:
         """Remember a ranked layer, on disk too."""

@@ -24,7 +24,7 @@ class Count:
     Attributes:
         right: distinct cases with the right result.
         refused: distinct cases with a typed error.
-        seconds: spent.
+        seconds: spent. pace: seconds of a case in its last turn.
         defect: the first one found, with its smallest case; "" if none was.
         reproducer: a line of Python that shows it again.
     """
@@ -32,6 +32,7 @@ class Count:
     right: int = 0
     refused: int = 0
     seconds: float = 0.0
+    pace: float = 0.0
     defect: str = ""
     reproducer: str = ""
     seen: set[int] = field(default_factory=set, repr=False)
@@ -102,10 +103,12 @@ def run_classes(classes: Iterable[CaseClass], seconds: float, number: int, *, ev
             count = counts[found.name]
             if count.defect or (time.perf_counter() >= end and (turn or not every)):
                 continue
-            pace = count.seconds / count.cases if count.cases else 0.02
             budget = min(SLICE, max(seconds / len(classes) / 2, 0.05)) * found.share
-            examples = max(1, min(MOST, int(budget / max(pace, 1e-4))))
-            run_class(found, count, examples if turn else 1, number * 1_000_003 + turn)
+            # the first turn imports and compiles what a class needs: its pace says nothing
+            examples = 1 if turn < 2 else max(1, min(MOST, int(budget / max(count.pace, 1e-4))))
+            before = count.seconds
+            run_class(found, count, examples, number * 1_000_003 + turn)
+            count.pace = (count.seconds - before) / examples
         turn += 1
         if all(count.defect for count in counts.values()):
             break
