@@ -122,6 +122,7 @@ class _Judgement:
         self.position = {value: i for i, op in enumerate(operations) for value in op.outputs}
         self.sites: dict[Value, Site] = {}
         self.dropped: dict[Value, str] = {}
+        self.clamped: set[Value] = set()  # quantized behind the clamp that reads them
 
     def refusal(self, value: Value) -> str | None:
         """Why a value cannot be quantized; None if it can."""
@@ -197,7 +198,7 @@ class _Judgement:
         """Leave a value float that only a clamp reads: the range behind the clamp is the one that counts."""
         if value in self.sites and value.readers == [clamp] and clamp.outputs and self.possible(clamp.outputs[0]):
             del self.sites[value]
-            self.dropped[value] = f"quantized behind {clamp.site}"
+            self.clamped.add(value)
 
     def leave_outputs(self) -> None:
         """Leave values float that only the model's output reads."""
@@ -221,7 +222,7 @@ class _Judgement:
                     if self.sites.pop(value, None) is not None:
                         self.dropped[value] = OVERRIDDEN
                 elif site is None:
-                    if self.possible(value) and value not in self.dropped and op.kind != "moves":
+                    if self.possible(value) and value not in self.clamped and op.kind != "moves":
                         self.sites[value] = Site(value, op.value_name(value), Group(method))
                 elif method != site.method:
                     site.group = Group(method)
@@ -242,10 +243,17 @@ class _Judgement:
         return list(found.items())
 
     def _reason(self, op: Operation, value: Value, fused: set[Operation]) -> str | None:
-        if op.kind in ("output", "creates") or op in fused or (op.kind == "moves" and value not in self.written):
+        moved = op.kind == "moves" and value not in self.written
+        if moved or op.kind in ("output", "creates") or op in fused or value in self.clamped:
             return None
         if op.kind == "parameter" or value in self.constants:
-            read = any(r.kind in QUANTIZED and any(v not in self.constants for v in r.inputs) for r in value.readers)
+            # listed where an activation would be one; weights of functional layers are the host's
+            read = any(
+                r.kind in QUANTIZED
+                and not r.name.startswith(("conv", "linear"))
+                and any(v not in self.constants for v in r.inputs)
+                for r in value.readers
+            )
             return self.constants[value] if read and value.floating else None
         if value in self.dropped or not value.single:
             return self.dropped.get(value)

@@ -5,7 +5,7 @@ Requirements this file meets:
 - Nothing that the bytes say can make it read or write outside its arrays, or loop for long: every look-up gives at
   least one symbol and consumes at most WINDOW bits, so that a quarter of 1024 symbols ends after at most 1024
   look-ups per stream; chunks near the end of the source are decoded from a padded copy. Positions and lengths are
-  validated by the caller (`storage.frame`) before.
+  validated by the caller (`storage.format.data`) before.
 - One look-up of 12 bits gives up to six symbols; four streams side by side hide its latency.
 """
 
@@ -118,15 +118,15 @@ def decode_chunk(source, position, count, group, lengths, table, part, streams, 
         if wide:
             unpack_planes(source, position, width - 8, columns, high)
         return True
-    if group[f.FIRST_BITS] > 0:
-        shift, bits = group[f.FIRST_SHIFT], group[f.FIRST_BITS]
+    if group[f.PACKED_BITS] > 0:
+        shift, bits = group[f.PACKED_SHIFT], group[f.PACKED_BITS]
         position = unpack_planes(source, position, bits, columns, part)
         low[: 8 * columns] = 0
         high[: 8 * columns] = 0
         merge_part(part, shift, count, low, high, wide)
     quarter = (count + 63) // 64 * 16
     decode_streams(source, position, lengths, table, quarter, streams)
-    alone = group[f.FIRST_BITS] == 0  # then shift is 0 and width at most 8: the part is the code
+    alone = group[f.PACKED_BITS] == 0  # then shift is 0 and width at most 8: the part is the code
     target = low if alone else part
     escapes = group[f.ESCAPE] < 256
     if escapes and lengths[4] > 0:

@@ -222,9 +222,9 @@ def encode_chunk(low, high, count, group, table, out, position, lengths, part, s
     if group[f.CODED_BITS] == 0:
         return _fixed(low, high, width, count, part, out, position)
     columns = (count + 7) // 8
-    if group[f.FIRST_BITS] > 0:
-        part_of(low, high, wide, group[f.FIRST_SHIFT], group[f.FIRST_BITS], 8 * columns, part)
-        position = pack_planes(part, group[f.FIRST_BITS], columns, out, position)
+    if group[f.PACKED_BITS] > 0:
+        part_of(low, high, wide, group[f.PACKED_SHIFT], group[f.PACKED_BITS], 8 * columns, part)
+        position = pack_planes(part, group[f.PACKED_BITS], columns, out, position)
     padded = (count + 63) // 64 * 64
     part_of(low, high, wide, group[f.CODED_SHIFT], group[f.CODED_BITS], padded, symbols)
     deal(symbols, padded // 4, part)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 CHUNK = 4096  # symbols of a full chunk
-STREAMS = 4  # entropy coded streams of a chunk, a quarter of its symbols each
 PAD = 32  # bytes behind each quarter that a multi-symbol look-up may overwrite
 WINDOW = 12  # bits of a decoder look-up, and the longest code of a unit
 RAW = 0xFFFF  # in place of the first stream length: the chunk is stored with fixed width
@@ -14,14 +13,13 @@ CHANNELS = 0  # number of channels of the group
 CHANNEL_OFFSET = 1  # where its channel numbers start in the channel list
 WIDTH = 2  # w, bits of a whole code q
 SIGN = 3  # 2^(w-1) for signed codes, else 0
-FIRST_SHIFT, FIRST_BITS = 4, 5  # first packed part: (q >> shift) & (2^bits - 1); bits 0: none
-SECOND_SHIFT, SECOND_BITS = 6, 7  # second packed part
-CODED_SHIFT, CODED_BITS = 8, 9  # entropy coded part; bits 0: none
-LOWEST = 10  # symbol 0 stands for this value of the coded part
-ESCAPE = 11  # symbol that says "the value follows in the escapes"; 256: there is none
-SYMBOL_BITS = 12  # b, bits of a symbol in an encoder index
-WORD = 13  # g, symbols of an encoder index
-FLUSH = 14  # look-ups between two writes, 2 or 4
-FIRST_CHUNK = 15  # number of the group's first chunk
-SYMBOLS = 16  # symbols of the group in this tensor
-FIELDS = 17
+PACKED_SHIFT, PACKED_BITS = 4, 5  # packed part beside a coded one: (q >> shift) & (2^bits - 1); bits 0: none
+CODED_SHIFT, CODED_BITS = 6, 7  # entropy coded part; bits 0: none, the whole code is packed
+LOWEST = 8  # symbol 0 stands for this value of the coded part
+ESCAPE = 9  # symbol that says "the value follows in the escapes"; 256: there is none
+SYMBOL_BITS = 10  # b, bits of a symbol in an encoder index
+WORD = 11  # g, symbols of an encoder index
+FLUSH = 12  # look-ups between two writes, 2 or 4
+FIRST_CHUNK = 13  # number of the group's first chunk
+SYMBOLS = 14  # symbols of the group in this tensor
+FIELDS = 15

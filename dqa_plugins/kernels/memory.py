@@ -5,23 +5,17 @@ Requirements this file meets:
 - The codec reads and writes eight bytes at any byte position: one machine instruction instead of eight.
 - Nothing is checked. Callers keep eight bytes of room behind the last position that they touch.
 - A hint for the cache, which numba does not offer either: the next chunk is fetched while this one is computed on.
-- Little-endian machines only (x86-64, AArch64): `supported()` tells, and the torch reference codec serves the rest.
+- Little-endian machines only (x86-64, AArch64): the torch reference codec serves the rest.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-
-
-def supported() -> bool:
-    """True where the kernels' byte order is the machine's."""
-    return sys.byteorder == "little"
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:

@@ -2,14 +2,15 @@
 
 packed = pack(x, quantizer, coding="joint")      # bytes, with all side information counted
 packed.unpack()                                  # exactly what the quantizer would have returned
+
+`format` holds the bytes, `coder` the entropy coder, `model` what changes a network so that it stores packed values.
 """
 
 from .allocation import allocate_bits
-from .books import calibrate_tables
 from .bound import storage_bound
-from .codebook import Codebook
-from .engine import get_threads, set_threads
-from .errors import (
+from .coder.engine import get_threads, set_threads
+from .format.codebook import Codebook
+from .format.errors import (
     CorruptFrame,
     NothingToStore,
     NotPackable,
@@ -18,9 +19,11 @@ from .errors import (
     UnknownCoding,
     UnsupportedFrame,
 )
-from .packed import PackedActivation, pack
-from .pipeline import convert_stored, prepare_stored, stored_edges
+from .model.convert import convert_stored, prepare_stored, stored_edges
+from .packed import PackedActivation
+from .packing import pack
 from .report import StorageReport, storage_report
+from .tables import calibrate_tables
 
 __all__ = [
     "Codebook",

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..errors import InvalidMethod, UncalibratedQuantizer, UnsupportedCombination
-from ..methods import DQA
+from ..grid import Grid
 from ..metrics import cross_entropy
 from ..quantizer import ActivationQuantizer
-from .codebook import build_codebook
-from .histograms import entropy_bits
-from .layout import Layout
-from .places import StoredSite
-from .strips import Strips, strip_qparams, whole_codes
+from .coder import engine
+from .coder.histograms import entropy_bits
+from .format.layout import Layout
+from .model.sites import StoredSite
+from .samples import CalibrationSamples, sample_grid
+from .tables import build_codebook
 
 _ROUNDS = 4  # corrections of the order-0 estimate by the tables that are really made
 _STEPS = 40  # bisection steps
@@ -35,32 +36,27 @@ class _Candidate:
     """One site: its frozen copy, and the order-0 entropy of each channel for every m."""
 
     def __init__(self, site: StoredSite, sensitivity: Tensor) -> None:
-        if site.strips is None:
+        if site.samples is None:
             raise UncalibratedQuantizer(f"{site.quantizer.label} has seen no data; calibrate before allocating bits.")
-        self.site, self.strips = site, site.strips
+        self.site, self.samples = site, site.samples
         self.quantizer: ActivationQuantizer = copy.deepcopy(site.quantizer).freeze()
         bits = self.quantizer.method.bits
         self.choices = np.arange(1 - bits, bits + 1)
         self.elements = int(np.prod(site.edge.shape[1:], dtype=np.int64))
-        scale = self.quantizer.scale if self.quantizer.scale.numel() else self._mean_scale()
-        step = scale.double().cpu().reshape(-1).clamp(min=1e-30)
+        step = self._grid(torch.zeros(self.samples.values.shape[1], dtype=torch.int64)).step
+        step = step.double().mean(0).flatten().clamp(min=1e-30)
         # m at which the step is 1 / sqrt(sensitivity): the factor of all layers is added to it
         self.level = torch.log2(step * sensitivity.clamp(min=1e-30).sqrt()).numpy()
         self.entropy = np.stack([self._entropy(int(m)) for m in self.choices])  # (choices, C) bits per value
 
-    def _mean_scale(self) -> Tensor:
-        scale = strip_qparams(self.strips, self.quantizer).scale
-        if scale is None:
-            raise UnsupportedCombination(f"{self.quantizer.label} has no scale to allocate bits with.")
-        return scale.mean(0).flatten()
+    def _grid(self, extra: Tensor) -> Grid:
+        return sample_grid(self.samples, self.quantizer, {"extra_bits": extra})
 
     def _codes(self, extra: Tensor) -> np.ndarray:
-        q, strips = self.quantizer, self.strips
-        codes = whole_codes(strips.values, q.method, strip_qparams(strips, q), q.signed, extra, torch.empty(0))
-        return codes.movedim(1, 0).flatten(1).numpy()
+        return self._grid(extra).codes(self.samples.values).movedim(1, 0).flatten(1).numpy()
 
     def _entropy(self, m: int) -> np.ndarray:
-        rows = self._codes(torch.full((self.strips.values.shape[1],), m))
+        rows = self._codes(torch.full((self.samples.values.shape[1],), m))
         rows = rows - rows.min()
         counts = np.stack([np.bincount(row, minlength=int(rows.max()) + 1) for row in rows]).astype(np.float64)
         return entropy_bits(counts) / rows.shape[1]
@@ -78,19 +74,17 @@ class _Candidate:
         """Bits per value under joint coding: tables from one half of the samples, codes of the other half."""
         self.quantizer.set_extra_bits(torch.from_numpy(vector))
         codes = self._codes(self.quantizer.extra_bits.cpu())
-        half = len(self.strips.values) // 2
+        half = len(self.samples.values) // 2
         if half < 2:
-            return coded_bits(build_codebook(self.quantizer, "joint", self.strips).layout(1, codes.shape[1]), codes)
-        first = Strips(self.strips.values[:half], tuple(e[:half] for e in self.strips.extents))
+            return coded_bits(build_codebook(self.quantizer, "joint", self.samples).layout(1, codes.shape[1]), codes)
+        first = CalibrationSamples(self.samples.values[:half], tuple(e[:half] for e in self.samples.extents))
         book = build_codebook(self.quantizer, "joint", first)
-        rest = codes[:, half * self.strips.values.shape[2] :]
+        rest = codes[:, half * self.samples.values.shape[2] :]
         return coded_bits(book.layout(1, rest.shape[1]), rest)
 
 
 def coded_bits(layout: Layout, codes: np.ndarray) -> float:
     """Bits per value that the kernels need for codes (C, K), lengths of the streams included."""
-    from . import engine
-
     plan = engine.KernelPlan(layout)
     narrow = torch.from_numpy(codes.astype(np.int64).astype(np.int16)).unsqueeze(0)
     _, sizes, _ = engine.encode(plan, None, narrow.contiguous(), torch.ones(1, codes.shape[0]))
@@ -98,7 +92,7 @@ def coded_bits(layout: Layout, codes: np.ndarray) -> float:
 
 
 def _sites(model: nn.Module) -> list[StoredSite]:
-    sites = [m for m in model.modules() if isinstance(m, StoredSite) and isinstance(m.quantizer.method, DQA)]
+    sites = [m for m in model.modules() if isinstance(m, StoredSite) and m.quantizer.method.has_important_channels]
     if not sites:
         raise UnsupportedCombination(
             "allocate_bits needs stored values with DQA quantizers: prepare_stored(model, DQA())"
@@ -120,15 +114,15 @@ def _sensitivities(model: nn.Module, sites: list[StoredSite], batches: Iterable[
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
         inputs, targets = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
-        taps: list[tuple[StoredSite, Tensor]] = []
+        values: list[tuple[StoredSite, Tensor]] = []
 
-        def tap(site: nn.Module, _: Any, out: Tensor, taps: list[tuple[StoredSite, Tensor]] = taps) -> Tensor:
+        def record(site: nn.Module, _: Any, out: Tensor, values: list[tuple[StoredSite, Tensor]] = values) -> Tensor:
             out = out if out.requires_grad else out.detach().requires_grad_()
             if isinstance(site, StoredSite):
-                taps.append((site, out))
+                values.append((site, out))
             return out
 
-        handles = [site.register_forward_hook(tap) for site in sites]
+        handles = [site.register_forward_hook(record) for site in sites]
         try:
             with torch.enable_grad():
                 outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -136,11 +130,11 @@ def _sensitivities(model: nn.Module, sites: list[StoredSite], batches: Iterable[
                     loss = (outputs * torch.randn(outputs.shape, generator=generator).to(outputs)).sum()
                 else:
                     loss = cross_entropy(outputs, targets).sum()
-                found = torch.autograd.grad(loss, [t for _, t in taps], allow_unused=True)
+                found = torch.autograd.grad(loss, [t for _, t in values], allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
-        for (site, value), gradient in zip(taps, found, strict=True):
+        for (site, value), gradient in zip(values, found, strict=True):
             square = torch.zeros_like(value) if gradient is None else gradient.square()
             rows = square.double().movedim(site.quantizer.channel_axis, 0).flatten(1)
             totals[site] = totals.get(site, 0) + rows.sum(1).cpu()
@@ -149,8 +143,8 @@ def _sensitivities(model: nn.Module, sites: list[StoredSite], batches: Iterable[
         return {site: totals[site] / max(counts[site], 1) for site in totals}
     powers = {}
     for site in sites:
-        values = site.strips.values if site.strips is not None else torch.ones(1, 1, 1)
-        powers[site] = torch.full((values.shape[1],), 1.0 / max(float(values.double().square().mean()), 1e-30)).double()
+        kept = site.samples.values if site.samples is not None else torch.ones(1, 1, 1)
+        powers[site] = torch.full((kept.shape[1],), 1.0 / max(float(kept.double().square().mean()), 1e-30)).double()
     return powers
 
 

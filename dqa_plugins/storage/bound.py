@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from ..errors import ChannelMismatch
-from ..methods import DQA, DenseSparse
 from ..quantizer import ActivationQuantizer
+from ..rounding import compute_dtype
 from ..sites import iter_quantizers
-from .codebook import check_coding, check_quantizer, method_kind
-from .codec import row_shape
-from .frame import HEADER
-from .histograms import MAX_CLUSTERS
-
-_LENGTHS = 10  # bytes of lengths of a coded chunk
+from .coder.histograms import MAX_CLUSTERS
+from .format.codebook import Codebook, check_coding
+from .format.data import row_shape, two_dimensional
+from .format.frame import overhead
+from .format.limits import CHUNK, DTYPES, LENGTHS_PER_CHUNK
+from .packing import check_channels
+from .report import edge_shapes
+from .tables import build_codebook
 
 
 def quantizer_bound(
-    quantizer: ActivationQuantizer, shape: tuple[int, ...], coding: str = "auto", itemsize: int = 4
+    quantizer: ActivationQuantizer, shape: tuple[int, ...], coding: str = "auto", dtype: torch.dtype = torch.float64
 ) -> int:
     """Most bytes that a packed tensor of this shape can take, without the codebook (`PackedActivation.nbytes`).
 
@@ -31,40 +34,44 @@ def quantizer_bound(
         quantizer: frozen.
         shape: of the tensor, the batch included.
         coding: as `pack` takes it.
-        itemsize: bytes of a value of the tensor (Dense+Sparse keeps outliers as they are).
+        dtype: of the tensor: dynamic parameters, and values that are kept in float, take more for float64.
 
     Raises:
         NotPackable: it still observes.
-        ChannelMismatch: the shape has other channels.
+        ChannelMismatch: the shape has other channels, or is none.
     """
     check_coding(coding)
-    check_quantizer(quantizer)
-    method, channels = quantizer.method, quantizer.num_channels
-    axis = 0 if channels is None else quantizer.channel_axis
-    full = (*shape, 1) if len(shape) == 1 else tuple(shape)
-    if channels is not None and full[axis] != channels:
-        raise ChannelMismatch(f"{quantizer.label} has {channels} channels; a shape of {tuple(shape)} has {full[axis]}.")
-    batch, inner = row_shape(full, axis, channels or 1)
-    extra = quantizer.extra_bits.tolist() if isinstance(method, DQA) else [0] * (channels or 1)
-    total = HEADER.size + 4 * len(shape)
-    numel = batch * len(extra) * inner
-    if method.qparams == "dynamic":
-        groups = len(extra) if method.granularity == "channel" else 1
-        total += 8 * batch * groups * (2 if method_kind(method) in ("affine", "dense_sparse") else 1)
-    if isinstance(method, DenseSparse):
-        total += 16 + (numel + 7) // 8 + numel * itemsize
-    for m in set(extra):
-        symbols = batch * inner * extra.count(m)
-        groups = 1 if coding in ("none", "shift_error") else MAX_CLUSTERS
-        chunks = -(-symbols // 4096) + groups
-        total += (symbols // 8 + chunks) * (method.bits + m) + (0 if coding == "none" else _LENGTHS * chunks)
-    return int(total)
+    book = build_codebook(quantizer, "none", None)
+    if not shape or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ChannelMismatch(f"{quantizer.label}: {shape!r} is not the shape of a tensor with a batch axis.")
+    if dtype not in DTYPES:
+        raise ChannelMismatch(f"{quantizer.label}: tensors of {dtype} are not packed.")
+    check_channels(quantizer, two_dimensional(shape))
+    batch, inner = row_shape(two_dimensional(shape), book.channel_axis, book.channels)
+    total = overhead(len(shape), book.keeps_outliers) + _parameter_bytes(book, batch, dtype)
+    if book.keeps_outliers:
+        numel = batch * book.channels * inner
+        total += (numel + 7) // 8 + numel * dtype.itemsize
+    for group in book.groups:
+        symbols = batch * inner * len(group.channels)
+        chunks = -(-symbols // CHUNK) + (1 if coding in ("none", "shift_error") else MAX_CLUSTERS)
+        total += (symbols // 8 + chunks) * group.width
+        total += 0 if coding == "none" else 2 * LENGTHS_PER_CHUNK * chunks
+    return total
+
+
+def _parameter_bytes(book: Codebook, batch: int, dtype: torch.dtype) -> int:
+    if not book.dynamic:
+        return 0
+    count = (1 if book.per_batch else batch) * (book.channels if book.per_channel else 1)
+    return count * len(book.parameters) * compute_dtype(dtype).itemsize
 
 
 def storage_bound(
     model: nn.Module | ActivationQuantizer,
     shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
     coding: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> int | dict[str, int]:
     """Worst-case bytes of stored activations, known offline.
 
@@ -73,6 +80,7 @@ def storage_bound(
         shape: the shape of the input of a stored model; for a model with quantizers of other adapters, the shape of
             each activation by site name; for a quantizer, the shape of its tensor.
         coding: as `pack` takes it; a stored model has its own.
+        dtype: of the activations; None: as in the stored model, else float64, for which the bound is largest.
 
     Returns:
         bytes for one quantizer; for a model, bytes by site name (tables not included: they are held once per layer).
@@ -80,16 +88,19 @@ def storage_bound(
     Raises:
         NotPackable, ChannelMismatch.
     """
+    widest = torch.float64 if dtype is None else dtype
     if isinstance(model, ActivationQuantizer):
         if isinstance(shape, Mapping):
             raise ChannelMismatch("one quantizer has one shape, not a mapping of site names to shapes.")
-        return quantizer_bound(model, tuple(shape), coding)
+        return quantizer_bound(model, tuple(shape), coding, widest)
     if isinstance(shape, Mapping):
         quantizers = dict(iter_quantizers(model))
         missing = sorted(set(shape) - set(quantizers))
         if missing:
             raise ChannelMismatch(f"the model has no quantizer named {', '.join(missing)}.")
-        return {name: quantizer_bound(quantizers[name], tuple(s), coding) for name, s in shape.items()}
-    from .report import edge_shapes
-
-    return {name: quantizer_bound(q, s, c) for name, (q, s, c) in edge_shapes(model, tuple(shape)).items()}
+        return {name: quantizer_bound(quantizers[name], tuple(s), coding, widest) for name, s in shape.items()}
+    found = edge_shapes(model, tuple(shape))
+    return {
+        pack.edge.name: quantizer_bound(pack.quantizer, size, pack.codebook.coding, dtype or pack.edge.dtype)
+        for pack, size in found.items()
+    }

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import ChannelMismatch
-from ..quantizer import ActivationQuantizer
-from .errors import NothingToStore
+from .format.errors import NothingToStore
+from .model.sites import Pack
 from .packed import PackedActivation
-from .places import Pack
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,11 @@ def storage_report(model: nn.Module, inputs: Any) -> StorageReport:
         raise NothingToStore("storage_report takes what convert_stored returned; this model packs nothing.")
     held: dict[Pack, list[tuple[int, int, int]]] = {m: [] for m in packers}
 
-    def note(module: nn.Module, _: Any, packed: Any) -> None:
+    def add(module: nn.Module, _: Any, packed: Any) -> None:
         if isinstance(module, Pack) and isinstance(packed, PackedActivation):
             held[module].append((packed.numel, packed.nbytes, packed.numel * packed.dtype.itemsize))
 
-    hooks = [m.register_forward_hook(note) for m in packers]
+    hooks = [m.register_forward_hook(add) for m in packers]
     try:
         model(*_arguments(inputs))
     finally:
@@ -134,10 +133,8 @@ def storage_report(model: nn.Module, inputs: Any) -> StorageReport:
 
 
 @torch.no_grad()
-def edge_shapes(
-    model: nn.Module, shape: tuple[int, ...]
-) -> dict[str, tuple[ActivationQuantizer, tuple[int, ...], str]]:
-    """Quantizer, shape and coding of each stored value for an input of this shape: run without data.
+def edge_shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[Pack, tuple[int, ...]]:
+    """The shape of each stored value for an input of this shape: run without data.
 
     Raises:
         NothingToStore: the model packs nothing.
@@ -147,15 +144,15 @@ def edge_shapes(
     if not packers:
         raise NothingToStore("storage_bound of a model takes what convert_stored returned; this one packs nothing.")
     twin = copy.deepcopy(model).to("meta")
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[Pack, tuple[int, ...]] = {}
 
-    def note(name: str) -> Any:
-        return lambda _, inputs: found.__setitem__(name, tuple(inputs[0].shape))
+    def recorder(module: Pack) -> Any:
+        return lambda _, inputs: found.__setitem__(module, tuple(inputs[0].shape))
 
-    for name in packers:
-        twin.get_submodule(name).register_forward_pre_hook(note(name))
+    for name, module in packers.items():
+        twin.get_submodule(name).register_forward_pre_hook(recorder(module))
     try:
         twin(torch.empty(shape, device="meta"))
     except Exception as error:
         raise ChannelMismatch(f"the model does not take an input of shape {shape}: {error}") from error
-    return {m.edge.name: (m.quantizer, found[name], m.codebook.coding) for name, m in packers.items() if name in found}
+    return found

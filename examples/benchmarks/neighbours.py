@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, too
 
 from dqa_plugins import DQA
-from dqa_plugins.storage import PackedActivation, allocate_bits, codec, convert_stored, prepare_stored
-from dqa_plugins.storage.packed import _sections
-from dqa_plugins.storage.places import Pack
-from dqa_plugins.storage.tables import word_table
+from dqa_plugins.storage import PackedActivation, allocate_bits, convert_stored, prepare_stored
+from dqa_plugins.storage.coder import codec
+from dqa_plugins.storage.coder.histograms import word_table
+from dqa_plugins.storage.format.data import cut
+from dqa_plugins.storage.model.sites import Pack
 
 UNITS = ((2, 4), (2, 5), (4, 2), (4, 3))  # symbols of a unit, bits of a symbol
 EDGES = (1, 2, 3, 5, 8, 12, 18)  # of the sums that choose one of 8 tables
@@ -73,8 +74,8 @@ def stored_codes(target: float) -> tuple[list[Codes], float]:
     for pair in zip(*found, strict=True):
         whole = []
         for p in pair:
-            parts = _sections(p)
-            whole.append(codec.decode_codes(p.codebook, parts.layout, parts.streams).view(p.shape).numpy())
+            parts = cut(p)
+            whole.append(codec.decode_stored(p.codebook, parts.layout, parts.streams).view(p.shape).numpy())
         for g in pair[0].codebook.groups:
             seen, test = (w[:, list(g.channels)].astype(np.int64) for w in whole)
             result.append(Codes(g.width, g.signed, seen, test))

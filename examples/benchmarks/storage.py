@@ -40,10 +40,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, too
 
 from dqa_plugins import DQA, ActivationQuantizer
-from dqa_plugins.storage import engine, pack, set_threads
-from dqa_plugins.storage.books import codebook_for
-from dqa_plugins.storage.codebook import Codebook
-from dqa_plugins.storage.layout import Group, Layout
+from dqa_plugins.storage import Codebook, calibrate_tables, pack, set_threads
+from dqa_plugins.storage.coder import engine
+from dqa_plugins.storage.format.layout import Group, Layout
 from examples.benchmarks.machine import machine
 
 COUNT = 6_291_456  # values of one input
@@ -167,7 +166,8 @@ def measure(repeats: int) -> dict[str, float]:
     codes = [(quantizer(x) / step).round().to(torch.int16).numpy().ravel() for x in inputs]
     errors = [(c & (2**EXTRA - 1)).astype(np.int64) for c in codes]
     whole = [(c & (2 ** (BITS + EXTRA) - 1)).astype(np.int64) for c in codes]
-    packed = {c: [pack(x, quantizer, c) for x in inputs] for c in ("none", "shift_error", "joint", "auto")}
+    codebooks = {c: calibrate_tables(quantizer, inputs[0], c) for c in ("none", "shift_error", "joint", "auto")}
+    packed = {c: [pack(x, quantizer, c, book) for x in inputs] for c, book in codebooks.items()}
     for coding, tensors in packed.items():
         if not all(torch.equal(p.unpack(), quantizer(x)) for p, x in zip(tensors, inputs, strict=True)):
             raise RuntimeError(f"{coding}: unpacking did not give the fake-quantized tensor")
@@ -186,7 +186,7 @@ def measure(repeats: int) -> dict[str, float]:
         "zstd decode": lambda t: decompressor.decompress(squeezed[t % count]),
     }
     for coding in ("none", "shift_error", "joint"):
-        jobs[f"{coding} encode"] = lambda t, c=coding: pack(inputs[t % count], quantizer, c)
+        jobs[f"{coding} encode"] = lambda t, c=coding: pack(inputs[t % count], quantizer, c, codebooks[c])
         jobs[f"{coding} decode"] = lambda t, c=coding: packed[c][t % count].unpack(out=out)
     part = inputs[0].numel() // SLICE
     for coding, symbols in (("shift_error", errors), ("joint", whole)):
@@ -195,7 +195,7 @@ def measure(repeats: int) -> dict[str, float]:
         rows = [
             torch.from_numpy(s.astype(np.int16)).view(*x.shape[:2], -1) for s, x in zip(symbols, inputs, strict=True)
         ]
-        for name, job in huffman_jobs(rows, codebook_for(quantizer, coding)).items():
+        for name, job in huffman_jobs(rows, codebooks[coding]).items():
             jobs[f"huffman {coding} {name}"] = job
     set_threads(1)
     seconds = Clock(repeats).run(jobs)
@@ -223,7 +223,7 @@ def two_threads(
 
         def encode(turn: int, threads: int = threads) -> None:
             set_threads(threads)
-            pack(inputs[turn % len(inputs)], quantizer, "shift_error")
+            pack(inputs[turn % len(inputs)], quantizer, "shift_error", packed["shift_error"][0].codebook)
 
         def decode(turn: int, threads: int = threads) -> None:
             set_threads(threads)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dqa_plugins import DQA, functional, iter_quantizers, rank_channels
 from dqa_plugins.storage import convert_stored, storage_report
-from dqa_plugins.storage.huffman import code_lengths
+from dqa_plugins.storage.coder.huffman import code_lengths
 from examples.reproductions import common
 from examples.reproductions.dqa_table1 import calibrated, freeze
 from examples.reproductions.workloads import Workload, workload

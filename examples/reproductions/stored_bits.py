@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from dqa_plugins import DQA, Direct
 from dqa_plugins.methods import Method
 from dqa_plugins.storage import PackedActivation, allocate_bits, convert_stored, prepare_stored
-from dqa_plugins.storage.places import Pack
+from dqa_plugins.storage.model.sites import Pack
 from examples.networks import load
 from examples.reproductions.common import Options, axes, mean_std, parse, run_jobs, save, show, write
 

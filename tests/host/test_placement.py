@@ -96,7 +96,7 @@ def test_what_stays_float_is_listed_with_its_reason() -> None:
     assert floats["learned"] == floats["positions"] == floats["norm1.weight"]
     assert floats["norm1.rsqrt.0"] == floats["norm1.mul.0"] == placement.INTERNAL
     assert floats["lstm"] == placement.OPAQUE
-    assert dict(places(network("vision")).floats)["mean.0"] == placement.SCALAR
+    assert dict(places(network("vision")).floats) == {"mean.0": placement.SCALAR}
 
 
 def test_integers_and_0d_tensors_are_left_alone() -> None:

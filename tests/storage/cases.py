@@ -3,18 +3,61 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import hypothesis.strategies as st
 import numpy as np
 import torch
 from torch import Tensor
 
-from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant
+from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, Method, NoisyQuant, register_method
 from dqa_plugins.errors import DQAWarning
-from dqa_plugins.methods import Method
+from dqa_plugins.grid import Grid, QParams
+from dqa_plugins.search import Kept
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CODINGS = ("none", "shift_error", "joint", "auto")
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class Narrow(Method):
+    """A user's method: as many steps below zero as above, a step of its own and an offset for every channel."""
+
+    name: ClassVar[str] = "narrow"
+    vectors: ClassVar[tuple[str, ...]] = ("offsets", "fineness")
+
+    def decide(self, kept: Kept) -> dict[str, Tensor]:
+        count = kept.channels
+        return {"offsets": torch.linspace(-0.4, 0.3, count), "fineness": torch.linspace(1, 3, count)}
+
+    def grid(self, qparams: QParams, signed: bool, vectors: Mapping[str, Tensor]) -> Grid:
+        plain = super().grid(qparams, signed, {})
+        if not vectors:
+            return plain
+        most = (vectors["fineness"] * 2 ** (self.bits - 1)).floor()
+        return Grid(plain.step / vectors["fineness"], 1 - most, most, bias=vectors["offsets"] * plain.step)
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class Banded(Method):
+    """A user's method: codes far from zero, a third of the range on either side in float."""
+
+    name: ClassVar[str] = "banded"
+
+    @property
+    def uses_range(self) -> bool:
+        return True
+
+    def grid(self, qparams: QParams, signed: bool, vectors: Mapping[str, Tensor]) -> Grid:
+        lower, upper = qparams.thresholds
+        third = (upper - lower) / 3
+        step = third / 2**self.bits
+        keep = (lower + third, upper - third)
+        return Grid(step, 1000, 1000 + 2**self.bits, torch.full_like(step, 1000.0), -lower - third, keep)
 
 
 @st.composite
@@ -26,7 +69,7 @@ def methods(draw: st.DrawFn) -> Method:
         "granularity": draw(st.sampled_from(["tensor", "channel"])),
         "qparams": draw(st.sampled_from(["static", "dynamic"])),
     }
-    kind = draw(st.sampled_from(["dqa", "dqa", "direct", "affine", "noise", "sparse"]))
+    kind = draw(st.sampled_from(["dqa", "dqa", "direct", "affine", "noise", "sparse", "narrow", "banded"]))
     if kind == "dqa":
         extra = draw(st.integers(0, fields["bits"]))
         return DQA(**fields, extra_bits=extra, ratio=draw(st.floats(0, 1)))
@@ -36,6 +79,8 @@ def methods(draw: st.DrawFn) -> Method:
         return Direct(**fields, symmetric=False)
     if kind == "noise":
         return NoisyQuant(**fields, amplitude=0.5)
+    if kind in ("narrow", "banded"):
+        return (Narrow if kind == "narrow" else Banded)(**fields)
     return DenseSparse(**fields, density=draw(st.sampled_from([0.0, 0.01, 0.3])))
 
 
@@ -78,7 +123,7 @@ def frozen(draw: st.DrawFn) -> tuple[ActivationQuantizer, Tensor]:
     if negative and draw(st.booleans()):
         method = method.replace(channel_axis=method.channel_axis - x.ndim)
     quantizer = quantizer_for(method, x)
-    if isinstance(method, DQA) and draw(st.booleans()):
+    if method.has_important_channels and draw(st.booleans()):
         low, high = 1 - method.bits, method.bits
         size = quantizer.num_channels
         vector = draw(st.lists(st.integers(low, high), min_size=size, max_size=size))

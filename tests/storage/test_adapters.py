@@ -17,7 +17,7 @@ from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method
 from dqa_plugins.storage import allocate_bits, convert_stored, prepare_stored, storage_report, stored_edges
-from dqa_plugins.storage.places import Pack
+from dqa_plugins.storage.model.sites import Pack
 from tests.storage.test_pipeline import Net, Skip
 
 torchao = pytest.importorskip("torchao")
@@ -48,7 +48,7 @@ LIFETIMES = {Net: [2, 2, 1, 2], Skip: [1]}
 def case(network: type[nn.Module]) -> tuple[nn.Module, Tensor, Tensor]:
     """A network, its calibration input and a fresh one."""
     torch.manual_seed(0)
-    channels = 3 if network is Net else 1
+    channels = 1 if network is Skip else 3
     return network().eval(), torch.randn(4, channels, 16, 16), torch.randn(7, channels, 16, 16)
 
 
@@ -192,3 +192,45 @@ def test_resizing_is_no_layer(adapter: str) -> None:
     model, x = Resized().eval(), torch.randn(4, 1, 16, 16)
     host, _ = ADAPTERS[adapter](model, DQA(), x)
     assert [e.lifetime for e in stored_edges(prepare_stored(host, DQA(), x))] == [1]
+
+
+class Pooled(nn.Module):
+    """The head of a ResNet: the tensor that waits for the addition is pooled from a quantized one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu, self.pool = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        self.conv1, self.conv2, self.head = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 5, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.stem(x)))
+        x = x + self.conv2(self.relu(self.conv1(x)))
+        return self.head(x) + self.head(self.conv2(x))
+
+
+class Reshaped(nn.Module):
+    """A quantized tensor that waits in another shape: its channels are no longer where its quantizer had them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.inner = nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.conv(x))
+        y = x.flatten(2)
+        z = x + self.conv(x[:, :3])
+        return y + self.inner(y) + self.inner(z.flatten(2))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{type(m).__name__}-{m.qparams}")
+@pytest.mark.parametrize("network", [Pooled, Reshaped])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_values_derived_from_a_quantized_one(
+    adapter: str, network: type[nn.Module], method: Method, moment: str
+) -> None:
+    """They get no quantizer of their own: pooled values keep their codes, reshaped ones stay as they are."""
+    stored, wanted, fresh = stored_by(adapter, network, method, moment)
+    with torch.no_grad():
+        torch.testing.assert_close(stored(fresh), wanted(fresh), rtol=0, atol=0)
+    if network is Pooled:
+        assert (4, 8, 4, 4) in [e.shape for e in stored_edges(stored)]

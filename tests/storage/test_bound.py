@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dqa_plugins import DQA, ActivationQuantizer
-from dqa_plugins.errors import ChannelMismatch
+from dqa_plugins import DQA, ActivationQuantizer, DenseSparse
+from dqa_plugins.errors import ChannelAxisError, ChannelMismatch
 from dqa_plugins.storage import NotPackable, pack, storage_bound
-from tests.storage.cases import CODINGS, frozen, quantizer_for
+from tests.storage.cases import CODINGS, DTYPES, frozen, quantizer_for
 
 
 @settings(max_examples=30)
@@ -43,3 +43,25 @@ def test_bad_shapes_and_quantizers() -> None:
         storage_bound(quantizer_for(DQA(), x), (2, 5, 3, 3))
     with pytest.raises(NotPackable):
         storage_bound(ActivationQuantizer(DQA()), (2, 4, 3, 3))
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_outliers_of_every_dtype(coding: str) -> None:
+    """Almost every value is kept in float: eight bytes each for float64."""
+    shape = (4, 8, 16, 16)
+    x = torch.randn(shape)
+    quantizer = quantizer_for(DenseSparse(bits=4), x)
+    for dtype in DTYPES:
+        packed = pack((1000 * x).to(dtype), quantizer, coding)
+        assert packed.nbytes <= storage_bound(quantizer, tuple(x.shape), coding)
+        assert packed.nbytes <= storage_bound(quantizer, tuple(x.shape), coding, dtype)
+    assert storage_bound(quantizer, (4, 8, 16, 16), coding, torch.float32) < storage_bound(
+        quantizer, (4, 8, 16, 16), coding
+    )
+
+
+@pytest.mark.parametrize("shape", [(2,), (), (2, -4), (2, 4.0), ("2", 4)])
+def test_what_is_no_shape_of_its_tensors(shape: tuple[int, ...]) -> None:
+    quantizer = quantizer_for(DQA(channel_axis=2), torch.rand(2, 3, 4, 3))
+    with pytest.raises((ChannelMismatch, ChannelAxisError), match=r"block\.relu"):
+        storage_bound(quantizer, shape)

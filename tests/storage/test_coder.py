@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,12 +16,13 @@ from hypothesis import strategies as st
 
 from dqa_plugins import DQA, ActivationQuantizer
 from dqa_plugins.errors import NonFiniteInput
-from dqa_plugins.storage import CorruptFrame, codec, engine, pack, reference
-from dqa_plugins.storage.histograms import best_table, cluster, entropy_bits
-from dqa_plugins.storage.huffman import canonical_codes, check_lengths, code_lengths
-from dqa_plugins.storage.outliers import decode_positions, encode_positions
-from dqa_plugins.storage.packed import _sections
-from dqa_plugins.storage.tables import NO_ESCAPE, symbol_table
+from dqa_plugins.storage import CorruptFrame, pack
+from dqa_plugins.storage.coder import codec, engine, reference
+from dqa_plugins.storage.coder.histograms import best_table, cluster, entropy_bits, symbol_table
+from dqa_plugins.storage.coder.huffman import code_lengths
+from dqa_plugins.storage.format.data import cut
+from dqa_plugins.storage.format.outliers import decode_positions, encode_positions
+from dqa_plugins.storage.format.tables import NO_ESCAPE, canonical_codes, check_lengths
 from tests.storage.cases import frozen, quantizer_for, tensor
 
 
@@ -74,8 +78,8 @@ def test_kernels_and_reference_write_the_same_bytes(
 ) -> None:
     quantizer, x = case
     packed = pack(x, quantizer, coding)
-    parts = _sections(packed)
-    codes = codec.decode_codes(packed.codebook, parts.layout, parts.streams)
+    parts = cut(packed)
+    codes = codec.decode_stored(packed.codebook, parts.layout, parts.streams)
     lengths, sizes, pieces = reference.encode(parts.layout, codes)
     assert (lengths == parts.streams.lengths).all()
     assert (sizes == parts.streams.sizes).all()
@@ -189,3 +193,29 @@ def test_threads_give_the_same_bytes(threads: int) -> None:
             pack(x, quantizer, "joint")
     finally:
         engine.set_threads(None)
+
+
+FORK = """
+import os, signal, sys, torch
+from dqa_plugins import ActivationQuantizer, DQA
+from dqa_plugins.storage import pack, set_threads
+torch.set_num_threads(2)
+set_threads(2)
+quantizer, x = ActivationQuantizer(DQA(bits=4), name="site"), torch.randn(8, 64, 64, 64)
+quantizer(x)
+quantizer.freeze()
+wanted = pack(x, quantizer, "joint")
+child = os.fork()
+if child == 0:
+    signal.alarm(40)  # ends it if it waits
+    found = pack(x, quantizer, "joint")
+    os._exit(0 if found.to_bytes() == wanted.to_bytes() and torch.equal(found.unpack(), quantizer(x)) else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_packs_too() -> None:
+    """The threads of the parent are not its own: it must not wait for them."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

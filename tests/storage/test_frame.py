@@ -6,7 +6,9 @@ import random
 import struct
 import tracemalloc
 import zlib
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant
 from dqa_plugins.errors import DQAError
 from dqa_plugins.storage import CorruptFrame, NotPackable, PackedActivation, UnsupportedFrame, calibrate_tables, pack
-from dqa_plugins.storage.frame import HEADER
-from tests.storage.cases import CODINGS, quantizer_for, tensor
+from dqa_plugins.storage.format.frame import HEADER
+from dqa_plugins.storage.format.section import read_codebook, write_codebook
+from tests.storage.cases import CODINGS, Banded, Narrow, quantizer_for, tensor
 
 CRC = slice(HEADER.size - 4, HEADER.size)
 
@@ -34,6 +37,8 @@ def frames() -> list[bytes]:
             NoisyQuant(bits=3, amplitude=0.4),
             DenseSparse(bits=4, density=0.05),
             DenseSparse(bits=2, density=0.3, qparams="dynamic"),
+            Narrow(bits=3),
+            Banded(bits=4, qparams="dynamic"),
         )
     ):
         x = tensor((2, 6, 10, 10), seed, "relu" if seed % 2 else "normal")
@@ -176,6 +181,57 @@ def test_a_codebook_of_another_quantizer_is_refused() -> None:
         book = calibrate_tables(other, tensor((2, size, 20, 20), 0, "normal"), "joint")
         with pytest.raises(NotPackable, match=r"layer5\.relu"):
             pack(x, quantizer, "joint", book)
+
+
+@pytest.mark.parametrize(
+    ("mine", "other"),
+    [
+        ({"granularity": "channel", "qparams": "dynamic"}, {"channel_axis": 2}),
+        ({"granularity": "channel", "qparams": "dynamic"}, {"granularity": "tensor"}),
+        ({"qparams": "dynamic"}, {"scope": "batch"}),
+        ({}, {"qparams": "dynamic"}),
+        ({"granularity": "channel"}, {"symmetric": False}),
+        ({"symmetric": False}, {"symmetric": False, "clip": 0.9}),
+    ],
+    ids=str,
+)
+def test_a_codebook_must_agree_in_everything(mine: dict[str, object], other: dict[str, object]) -> None:
+    """Another axis decodes to other values; another source of parameters cannot be decoded at all."""
+    x = tensor((2, 4, 4, 8), 0, "normal")
+    quantizer = quantizer_for(Direct(**mine), x, name="layer6.relu")  # type: ignore[arg-type]
+    theirs = calibrate_tables(quantizer_for(Direct(**{**mine, **other}), x), x, "joint")  # type: ignore[arg-type]
+    with pytest.raises(NotPackable, match=r"layer6\.relu.*cannot pack with this codebook"):
+        pack(x, quantizer, "joint", theirs)
+    own = calibrate_tables(quantizer, x, "joint")
+    assert torch.equal(pack(x, quantizer, "joint", own).unpack(), quantizer(x))
+
+
+def test_forged_tables_are_refused() -> None:
+    """Lengths of a complete code, but none for the word that rare words are written as: they would be lost."""
+    x = tensor((2, 6, 30, 30), 0, "relu")
+    book = calibrate_tables(quantizer_for(DQA(bits=2, extra_bits=0), x), x, "joint")
+    (group,) = book.groups
+    table = group.table
+    assert table is not None
+    assert table.word > 1
+    lengths = table.lengths.copy()
+    free = int(np.flatnonzero(lengths == 0)[0]) if (lengths == 0).any() else 0
+    lengths[free], lengths[-1] = lengths[-1], 0
+    if free == 0:
+        lengths = np.zeros_like(lengths)
+        lengths[:2] = 1
+    forged = replace(book, groups=(replace(group, table=replace(table, lengths=lengths)),))
+    with pytest.raises(CorruptFrame, match="no code"):
+        read_codebook(memoryview(write_codebook(forged)))
+    forged = replace(book, groups=(replace(group, table=replace(table, lowest=200)),))
+    with pytest.raises(CorruptFrame, match="200"):
+        read_codebook(memoryview(write_codebook(forged)))
+
+
+def test_what_is_no_bytes() -> None:
+    for data in ("DQAP", None, 3, [1, 2], memoryview(bytes(100))[::2]):
+        with pytest.raises(CorruptFrame, match="a frame is read from bytes"):
+            PackedActivation.from_bytes(data)  # type: ignore[arg-type]
 
 
 def test_other_versions_and_other_files() -> None:

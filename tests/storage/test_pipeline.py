@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dqa_plugins import DQA, QPP, DenseSparse, Direct, iter_quantizers
 from dqa_plugins.errors import DQAError, ExportFailed, InvalidMethod, NotAMethod, UncalibratedQuantizer
 from dqa_plugins.storage import (
+    CorruptFrame,
     NothingToStore,
     NotPackable,
     TraceFailed,
@@ -24,7 +25,7 @@ from dqa_plugins.storage import (
     storage_report,
     stored_edges,
 )
-from dqa_plugins.storage.places import Pack, StoredSite, Unpack
+from dqa_plugins.storage.model.sites import Pack, StoredSite, Unpack
 
 
 class Block(nn.Module):
@@ -341,6 +342,51 @@ def test_a_compiled_model_packs_and_an_exported_one_is_refused() -> None:
         torch.export.export(stored, (x,))
     with pytest.raises(ExportFailed, match="'relu' packs its tensor"):
         torch.jit.trace(stored, x)
+
+
+def test_sizes_and_tuples_are_no_activations() -> None:
+    """Sizes that are read late, as vision transformers do, and the parts of a split."""
+
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            n, (height, width) = x.shape[0], x.shape[2:]
+            early, late = x.split(2, 1)
+            y = self.c(self.b(torch.cat([early, late], 1)) * height)
+            y = y.reshape(n, -1, x.size(2), width)
+            return torch.cat([y[:, :2] + early, y[:, 2:] + late], 1) / n
+
+    torch.manual_seed(0)
+    model, x = Sized().eval(), torch.randn(2, 4, 8, 8)
+    prepared = prepare_stored(model, DQA(bits=8, extra_bits=8), x)
+    assert [e.shape for e in stored_edges(prepared)] == [(2, 2, 8, 8), (2, 2, 8, 8)]
+    with torch.no_grad():
+        assert torch.equal(prepared(x), model(x))
+        stored = convert_stored(prepared)
+        torch.testing.assert_close(stored(x), model(x), rtol=0.01, atol=0.01)
+        torch.testing.assert_close(stored(x[:1]), prepared(x[:1]), rtol=0.01, atol=0.01)
+
+
+def test_a_forged_codebook_in_a_state_dict() -> None:
+    """It is checked when it is loaded, and again against the quantizer when it is used."""
+    model, x = network()
+    prepared = prepare_stored(model, DQA(bits=3), x)
+    prepared(x)
+    stored = convert_stored(prepared, "joint")
+    pack = next(m for m in stored.modules() if isinstance(m, Pack))
+    for state in (torch.zeros(40, dtype=torch.uint8), torch.zeros(3), "text", None):
+        with pytest.raises(CorruptFrame):
+            pack.set_extra_state(state)  # type: ignore[arg-type]
+    others = prepare_stored(network()[0], DQA(bits=4), x)
+    others(x)
+    theirs = next(m for m in convert_stored(others).modules() if isinstance(m, Pack))
+    pack.set_extra_state(theirs.get_extra_state())
+    with pytest.raises(NotPackable, match="'relu'"):
+        stored(x)
 
 
 def test_errors_name_the_cause() -> None:

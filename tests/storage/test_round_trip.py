@@ -171,19 +171,33 @@ def test_auto_is_never_larger_than_fixed_width() -> None:
     smooth.view(-1)[0] = 1.0
     noise = torch.rand(4, 8, 64, 64) * 2 - 1
     quantizer = quantizer_for(DQA(bits=4, ratio=1.0, signed=True), smooth)
-    for coding in ("auto", "joint", "shift_error"):
-        assert pack(smooth, quantizer, coding).nbytes < pack(smooth, quantizer, "none").nbytes
-    packed = pack(noise, quantizer, "auto")
+    books = {coding: calibrate_tables(quantizer, smooth, coding) for coding in ("auto", "joint", "shift_error")}
+    for coding, book in books.items():
+        assert pack(smooth, quantizer, coding, book).nbytes < pack(smooth, quantizer, "none").nbytes
+    packed = pack(noise, quantizer, "auto", books["auto"])
     assert packed.nbytes <= pack(noise, quantizer, "none").nbytes
     assert_same(packed.unpack(), quantizer(noise))
-    assert pack(noise, quantizer, "joint").nbytes <= pack(noise, quantizer, "none").nbytes + 10 * 33
+    assert pack(noise, quantizer, "joint", books["joint"]).nbytes <= pack(noise, quantizer, "none").nbytes + 10 * 33
+
+
+def test_bytes_depend_on_the_tensor_and_the_quantizer_only() -> None:
+    """Not on what was packed or calibrated before."""
+    x = tensor((2, 4, 30, 30), 0, "normal")
+    quantizer = quantizer_for(DQA(), x)
+    first = pack(x, quantizer, "joint")
+    pack(torch.zeros_like(x), quantizer, "joint")
+    calibrate_tables(quantizer, x.clamp(min=0), "joint")
+    assert pack(x, quantizer, "joint").to_bytes() == first.to_bytes()
+    assert pack(x, copy.deepcopy(quantizer), "joint").to_bytes() == first.to_bytes()
+    fresh = quantizer_for(DQA(), x)
+    pack(torch.zeros_like(x), fresh, "joint")
+    assert pack(x, fresh, "joint").to_bytes() == first.to_bytes()
 
 
 def test_codebook_follows_the_quantizer() -> None:
     x = tensor((2, 4, 30, 30), 0, "normal")
     quantizer = quantizer_for(DQA(), x)
     first = pack(x, quantizer, "joint")
-    assert pack(x, quantizer, "joint").codebook is first.codebook
     quantizer.set_extra_bits(torch.tensor([4, 0, -1, 2]))
     assert_same(pack(x, quantizer, "joint").unpack(), quantizer(x))
     assert_same(first.unpack(), PackedActivation.from_bytes(first.to_bytes()).unpack())
@@ -197,13 +211,13 @@ def test_tables_from_calibration_tensors() -> None:
     quantizer = quantizer_for(DQA(bits=4), smooth)
     odd = torch.zeros_like(smooth)
     book = calibrate_tables(quantizer, [smooth[:4], smooth[4:]], "joint")
-    assert pack(odd, quantizer, "joint").codebook is book
-    calibrated = pack(other, quantizer, "joint")
+    assert pack(odd, quantizer, codebook=book).codebook is book
+    calibrated = pack(other, quantizer, codebook=book)
     assert calibrated.codebook is book
     assert_same(calibrated.unpack(), quantizer(other))
-    accidental = quantizer_for(DQA(bits=4), smooth)
-    pack(odd, accidental, "joint")
-    assert calibrated.nbytes < pack(other, accidental, "joint").nbytes
+    assert pack(other, quantizer, "joint").codebook is not book
+    accidental = calibrate_tables(quantizer, odd, "joint")
+    assert calibrated.nbytes < pack(other, quantizer, codebook=accidental).nbytes
     with pytest.raises(UncalibratedQuantizer, match="no values"):
         calibrate_tables(quantizer, torch.empty(0, 6, 4, 4))
     with pytest.raises(ChannelMismatch):

@@ -1,14 +1,9 @@
-"""Huffman codes: optimal lengths under a limit, and the canonical codes that follow from them.
-
-Only the lengths are ever stored; encoder and decoder derive the same codes.
-"""
+"""Huffman codes: optimal lengths under a limit. The codes follow from the lengths (`format.tables`)."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-
-from .errors import CorruptFrame
 
 
 def code_lengths(weights: NDArray[np.float64], limit: int) -> NDArray[np.uint8]:
@@ -45,34 +40,3 @@ def code_lengths(weights: NDArray[np.float64], limit: int) -> NDArray[np.uint8]:
     lengths = np.zeros(weights.size, np.uint8)
     lengths[order] = sorted_lengths
     return lengths
-
-
-def check_lengths(lengths: NDArray[np.uint8], limit: int) -> None:
-    """Refuse lengths that are not a complete prefix code with at least two words.
-
-    Raises:
-        CorruptFrame: they are not.
-    """
-    used = lengths[lengths > 0].astype(np.int64)
-    if used.size < 2 or used.max() > limit or (1 << (limit - used)).sum() != 1 << limit:
-        raise CorruptFrame(
-            f"code lengths {np.unique(used).tolist()} are not those of a complete code of at most {limit} bits."
-        )
-
-
-def canonical_codes(lengths: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Canonical codes, first bit lowest: shorter codes first, then lower units (as in RFC 1951, bit-reversed).
-
-    Returns:
-        (n,) codes; 0 where the length is 0.
-    """
-    codes = np.zeros(lengths.size, np.uint64)
-    value, previous = 0, 0
-    order = np.lexsort((np.arange(lengths.size), lengths))
-    for unit in order[lengths[order] > 0]:
-        length = int(lengths[unit])
-        value <<= length - previous
-        previous = length
-        codes[unit] = int(format(value, f"0{length}b")[::-1], 2)
-        value += 1
-    return codes

@@ -10,9 +10,12 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from .tables import Table, symbol_table, word_table
+from ..format.limits import LONGEST_CODE
+from ..format.tables import NO_ESCAPE, Table
+from .huffman import code_lengths
 
 MAX_CLUSTERS = 8
+MAX_WORDS = 1024  # words with a code: below 2^LONGEST_CODE, so that the limit costs next to nothing
 _TABLE_BITS = 8 * 250  # what one more table costs, about
 FEWER_TABLES = 0.02  # share of the bits that one table for all channels may cost more: it is faster
 _SPEED = 0.005  # share of the bits that a table may cost more if it looks up two symbols at once
@@ -141,3 +144,30 @@ def best_table(values: NDArray[np.int64], coded_bits: int, signed: bool, neighbo
 
     best = min(options, key=description)
     return best[0], best[1]
+
+
+def symbol_table(probability: NDArray[np.float64], lowest: int = 0, escape: int = NO_ESCAPE) -> Table:
+    """A table of single symbols.
+
+    Args:
+        probability: (2^b,), b >= 1, all positive; the last one is the escape's if there is one.
+    """
+    bits = probability.size.bit_length() - 1
+    return Table(1, bits, lowest, escape, code_lengths(probability, LONGEST_CODE))
+
+
+def word_table(words: NDArray[np.float64], word: int, lowest: int, escape: int) -> Table:
+    """A table of words: the likely ones get a code, the others share that of the last one, all escapes.
+
+    Args:
+        words: (2^(b * word),) probability of each word.
+    """
+    bits = (words.size.bit_length() - 1) // word
+    candidates = np.argsort(-words[:-1], kind="stable")[: MAX_WORDS - 1]
+    candidates = candidates[words[candidates] > 2.0 ** -(LONGEST_CODE + 2)]
+    if candidates.size == 0:
+        candidates = np.zeros(1, np.int64)
+    weights = np.zeros(words.size)
+    weights[candidates] = np.maximum(words[candidates], 1e-9)
+    weights[-1] = max(1.0 - weights.sum(), 2.0**-LONGEST_CODE)
+    return Table(word, bits, lowest, escape, code_lengths(weights, LONGEST_CODE))

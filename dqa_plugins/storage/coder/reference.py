@@ -9,11 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels import fields as f
-from .errors import CorruptFrame
-from .huffman import canonical_codes
-from .layout import Group, Layout
-from .tables import NO_ESCAPE, WINDOW, Table
+from ..format.errors import CorruptFrame
+from ..format.layout import Group, Layout
+from ..format.limits import CHUNK, LENGTHS_PER_CHUNK, LONGEST_CODE, RAW
+from ..format.tables import NO_ESCAPE, Table, canonical_codes
 
 
 def pack_bits(values: Tensor, width: int) -> Tensor:
@@ -78,7 +77,7 @@ def _encode_chunks(codes: Tensor, group: Group) -> tuple[list[NDArray[np.uint8]]
     """Chunks of equal size. codes: (K, count) int64, whole codes modulo 2^width."""
     count = codes.shape[1]
     fixed = _fixed(codes, group.width)
-    lengths = np.zeros((len(codes), 5), np.uint16)
+    lengths = np.zeros((len(codes), LENGTHS_PER_CHUNK), np.uint16)
     table = group.table
     if table is None:
         return list(fixed.cpu().numpy()), lengths
@@ -109,7 +108,7 @@ def _encode_chunks(codes: Tensor, group: Group) -> tuple[list[NDArray[np.uint8]]
         chunk = torch.cat(pieces)
         if len(chunk) > fixed.shape[1]:
             chunk = fixed[k]
-            lengths[k] = (f.RAW, 0, 0, 0, 0)
+            lengths[k] = (RAW, 0, 0, 0, 0)
         else:
             lengths[k, :4] = used[4 * k : 4 * k + 4].cpu().numpy()
         result.append(chunk.cpu().numpy())
@@ -119,11 +118,11 @@ def _encode_chunks(codes: Tensor, group: Group) -> tuple[list[NDArray[np.uint8]]
 def encode(layout: Layout, codes: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.int64], list[NDArray[np.uint8]]]:
     """Encode whole codes, (B, C, I) int; returns as `engine.encode`."""
     pieces: list[NDArray[np.uint8]] = []
-    lengths = [np.zeros((0, 5), np.uint16)]
+    lengths = [np.zeros((0, LENGTHS_PER_CHUNK), np.uint16)]
     for group in layout.groups:
         stream = codes[:, list(group.channels)].reshape(-1).to(torch.int64) & ((1 << group.width) - 1)
-        full = len(stream) // f.CHUNK * f.CHUNK
-        for part in (stream[:full].view(-1, f.CHUNK), stream[full:].view(1, -1)):
+        full = len(stream) // CHUNK * CHUNK
+        for part in (stream[:full].view(-1, CHUNK), stream[full:].view(1, -1)):
             if part.numel():
                 chunks, sizes = _encode_chunks(part, group)
                 pieces += chunks
@@ -140,7 +139,7 @@ def _decode_streams(data: Tensor, starts: Tensor, table: Table, quarter: int) ->
     for _ in range(quarter // table.word):
         at = (position >> 3).clamp(max=limit)
         window = data[at] | (data[at + 1] << 8) | (data[at + 2] << 16)
-        window = (window >> (position & 7)) & ((1 << WINDOW) - 1)
+        window = (window >> (position & 7)) & ((1 << LONGEST_CODE) - 1)
         units.append(unit_of[window])
         position = position + length_of[window]
     unit = torch.stack(units, 1)
@@ -198,10 +197,10 @@ def decode(layout: Layout, source: Tensor, offsets: NDArray[np.int64], lengths: 
     chunk = 0
     for group in layout.groups:
         sizes = layout.chunk_symbols(group)
-        decoded = torch.zeros(len(sizes), f.CHUNK, dtype=torch.int64, device=source.device)
+        decoded = torch.zeros(len(sizes), CHUNK, dtype=torch.int64, device=source.device)
         for count in sorted(set(sizes.tolist())):
             which = np.flatnonzero(sizes == count)
-            plain = np.array([group.table is None or lengths[chunk + k, 0] == f.RAW for k in which])
+            plain = np.array([group.table is None or lengths[chunk + k, 0] == RAW for k in which])
             for k in which[plain]:
                 columns, low = (count + 7) // 8, min(group.width, 8)
                 at = int(offsets[chunk + k])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CorruptFrame
+from .limits import MAX_GAP_BYTES
 
 
 def encode_positions(mask: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], bool]:
@@ -17,14 +18,14 @@ def encode_positions(mask: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], bool]:
     where = np.flatnonzero(mask)
     gaps = np.diff(where, prepend=-1) - 1
     sizes = np.ones(gaps.size, np.int64)
-    for shift in (7, 14, 21, 28):
-        sizes += gaps >> shift > 0
+    for k in range(1, MAX_GAP_BYTES):
+        sizes += gaps >> (7 * k) > 0
     total = int(np.sum(sizes))
     if total > (mask.size + 7) // 8:
         return np.packbits(mask, bitorder="little"), True
     out = np.zeros(total, np.uint8)
     start = np.cumsum(sizes) - sizes
-    for k in range(5):
+    for k in range(MAX_GAP_BYTES):
         more = sizes > k
         out[start[more] + k] = ((gaps[more] >> (7 * k)) & 127) | ((sizes[more] > k + 1) << 7)
     return out, False
@@ -49,10 +50,10 @@ def decode_positions(data: NDArray[np.uint8], count: int, numel: int, bitmap: bo
         raise CorruptFrame(f"the outlier positions hold {ends.size} gaps, the header says {count}.")
     starts = np.concatenate([np.zeros(min(count, 1), np.int64), ends[:-1] + 1])
     sizes = ends - starts + 1
-    if count and int(sizes.max()) > 5:
-        raise CorruptFrame(f"a gap between outliers takes {int(sizes.max())} bytes; 5 is the most.")
+    if count and int(sizes.max()) > MAX_GAP_BYTES:
+        raise CorruptFrame(f"a gap between outliers takes {int(sizes.max())} bytes; {MAX_GAP_BYTES} is the most.")
     gaps = np.zeros(count, np.int64)
-    for k in range(5):
+    for k in range(MAX_GAP_BYTES):
         more = sizes > k
         gaps[more] |= (data[starts[more] + k].astype(np.int64) & 127) << (7 * k)
     where = np.cumsum(gaps + 1) - 1

@@ -16,29 +16,33 @@ the adapter's converted model.
 from __future__ import annotations
 
 import copy
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ..errors import InvalidMethod, UncalibratedQuantizer
-from ..methods import Method, check_method
-from ..quantizer import ActivationQuantizer
-from .codebook import build_codebook, check_coding
-from .edges import (
-    Edge,
-    follow_in_place,
-    late_readers,
+from ...errors import InvalidMethod, UncalibratedQuantizer
+from ...methods import Method, check_method
+from ...quantizer import ActivationQuantizer
+from ..format.codebook import check_coding
+from ..format.errors import NothingToStore, NotPackable
+from ..tables import build_codebook
+from .edges import Edge, LateRead, late_reads
+from .facts import (
+    add_module,
     operation_name,
     producer_axis,
+    quantized_source,
     quantizer_of,
     record_shapes,
     site_names,
     trace,
 )
-from .errors import NothingToStore, NotPackable
-from .places import Pack, StoredSite, Unpack
+from .memory import follow_in_place, read_sizes_early
+from .sites import Pack, StoredSite, Unpack
 from .subsampling import Subsampling, read_subsample, subsampled, subsampling
 
 
@@ -72,79 +76,96 @@ def prepare_stored(
         raise NotPackable("prepare_stored packs with qparams='static' or 'dynamic'; QPP is not supported there.")
     traced = trace(copy.deepcopy(model))
     follow_in_place(traced)
+    read_sizes_early(traced)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    floats = {name for name, (_, dtype) in _shapes(traced, inputs).items() if dtype.is_floating_point}
     names = site_names(traced)
-    late = late_readers(traced, min_lifetime)
-    for node, readers in late.items():
-        if names[node] in skip:
-            continue
-        _store(traced, node, readers, method, names[node])
-    traced.graph.lint()
-    traced.recompile()
-    _describe(traced, inputs)
-    for name, site in list(traced.named_children()):
-        if isinstance(site, StoredSite) and not site.edge.dtype.is_floating_point:
-            _remove_site(traced, name)
+    late = late_reads(traced, min_lifetime, lambda node: node.name in floats and names[node] not in skip)
+    for node, reads in late.items():
+        _store(traced, node, reads, method, names[node])
     if not stored_edges(traced):
         raise NothingToStore(
             f"{type(model).__name__} has no floating-point value that is read again after {min_lifetime} or more "
             "compute layers ran. Lower min_lifetime, or quantize it with an adapter."
         )
+    traced.graph.lint()
     traced.recompile()
+    _describe(traced, inputs)
     return traced
 
 
-def _store(model: GraphModule, node: Node, late: list[tuple[Node, int]], method: Method, name: str) -> None:
-    """Put a site behind `node`, and let the late readers read it; subsampling readers get a site of their own."""
-    existing = quantizer_of(node, model)
-    groups: dict[str, tuple[Subsampling | None, list[tuple[Node, int]]]] = {}
-    for reader, waited in late:
-        how = subsampling(reader, node, model)
+def _store(model: GraphModule, node: Node, reads: list[LateRead], method: Method, name: str) -> None:
+    """Put a site behind `node`, and let the late readers read it.
+
+    Readers that subsample, and readers behind an operation that changes the value in place, get a site of their own.
+    """
+    origin, same_axes = quantized_source(node, model)
+    if origin is not None and not same_axes:
+        return  # its codes are another tensor's: a quantizer of its own would change them, so it stays as it is
+    existing = None if origin is None else quantizer_of(origin, model)
+    groups: dict[tuple[Node, str], tuple[Subsampling | None, list[LateRead]]] = {}
+    for read in reads:
+        if existing is not None and read.final is not node:
+            continue  # no longer what the quantizer made
+        how = subsampling(read.reader, node, model)
         if existing is not None and how is not None and _cuts_channels(existing, how):
             how = None
-        groups.setdefault(how.key if how else "", (how, []))[1].append((reader, waited))
-    for number, (how, readers) in enumerate(groups.values()):
-        if existing is None:
-            site_name = f"{name}.stored" if _is_named(model, name) else name
-            site_name = f"{site_name}.{number}" if number else site_name
-            quantizer = ActivationQuantizer(method, name=site_name, producer_axis=producer_axis(node, model))
-        else:
-            site_name, quantizer = existing.name or name, existing
-        lifetime, operations = max(w for _, w in readers), tuple(operation_name(r, model) for r, _ in readers)
-        target = f"stored_{name.replace('.', '_')}" + (f"_{number}" if number else "")
-        while hasattr(model, target):
-            target += "_"
-        model.add_submodule(target, StoredSite(quantizer, Edge(site_name, (), torch.float32, lifetime, operations)))
-        arguments = _site_arguments(node, how, existing)
-        with model.graph.inserting_after(max(arguments, key=list(model.graph.nodes).index)):
+        groups.setdefault((read.final, how.key if how else ""), (how, []))[1].append(read)
+    for number, ((final, _), (how, group)) in enumerate(groups.items()):
+        wanted = existing.name or name if existing is not None and origin is node else name
+        site_name = _free_name(model, f"{wanted}.{number}" if number else wanted, own=existing is None)
+        quantizer = existing or ActivationQuantizer(method, name=site_name, producer_axis=producer_axis(node, model))
+        edge = Edge(
+            name=site_name,
+            shape=(),
+            dtype=torch.float32,
+            lifetime=max(read.waited for read in group),
+            readers=tuple(operation_name(read.reader, model) for read in group),
+        )
+        target = add_module(model, f"stored_{name}", StoredSite(quantizer, edge))
+        arguments = _site_arguments(node, how, quantizer, origin)
+        with model.graph.inserting_after(max((*arguments, final), key=list(model.graph.nodes).index)):
             site = model.graph.call_module(target, arguments)
-        for reader, _ in readers:
-            current = subsampling(reader, node, model) if how else None
+        for read in group:
+            current = subsampling(read.reader, node, model) if how else None
             if current is None:
-                reader.replace_input_with(node, site)
+                read.reader.replace_input_with(node, site)
             else:
-                read_subsample(model, reader, node, current, site, keep=existing is not None)
+                sized = None if origin is None else node.all_input_nodes[0] if origin is node else node
+                read_subsample(model, read.reader, node, current, site, sized)
 
 
-def _site_arguments(node: Node, how: Subsampling | None, existing: ActivationQuantizer | None) -> tuple[Node, ...]:
-    """What a site is called with, see `StoredSite.forward`."""
-    if existing is None:
+def _free_name(model: GraphModule, name: str, *, own: bool) -> str:
+    """A site name that no stored value has, nor, if the site gets a quantizer of its own, any quantizer."""
+    taken = {edge.name for edge in stored_edges(model)}
+    if own:
+        taken |= {m.name for m in model.modules() if isinstance(m, ActivationQuantizer)}
+    names = itertools.chain([name, f"{name}.stored"], (f"{name}.stored.{k}" for k in itertools.count(1)))
+    return next(free for free in names if free not in taken)
+
+
+def _site_arguments(
+    node: Node, how: Subsampling | None, quantizer: ActivationQuantizer, origin: Node | None
+) -> tuple[Node, ...]:
+    """What a site is called with, see `StoredSite.forward`.
+
+    Args:
+        origin: the adapter's quantizer of the value: `node` itself, or what it was made from.
+    """
+    if origin is None:
         return (node if how is None else subsampled(node, how, node),)
-    source = node.all_input_nodes[0]
-    if how is None:
-        return source, node
-    quantized = subsampled(node, how, node)
-    arguments = (subsampled(source, how, quantized), quantized)
-    return (*arguments, source) if existing.method.qparams == "dynamic" else arguments
+    source = origin.all_input_nodes[0]
+    quantized = node if how is None else subsampled(node, how, node)
+    value = quantized
+    if origin is node:  # what the adapter's quantizer was given
+        value = source if how is None else subsampled(source, how, quantized)
+    other = how is not None or origin is not node
+    return (value, quantized, source) if other and quantizer.method.source == "dynamic" else (value, quantized)
 
 
 def _cuts_channels(quantizer: ActivationQuantizer, how: Subsampling) -> bool:
     """Whether a subsample may have other channels than the quantizer knows."""
     return quantizer.uses_channels and (quantizer.channel_axis < 0 or quantizer.channel_axis in how.axes)
-
-
-def _is_named(model: GraphModule, name: str) -> bool:
-    return any(isinstance(m, ActivationQuantizer) and m.name == name for m in model.modules())
 
 
 class _First(nn.Module):
@@ -153,29 +174,25 @@ class _First(nn.Module):
 
 
 @torch.no_grad()
-def _describe(model: GraphModule, inputs: tuple[Any, ...]) -> None:
-    """Write shape and dtype of every site into its edge; statistics stay untouched."""
+def _shapes(model: GraphModule, inputs: tuple[Any, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor by its node's name, found on a copy: statistics stay untouched."""
     twin = copy.deepcopy(model)
     for module in twin.modules():  # not eval(), which exported models refuse
         module.training = False
     for target, module in list(twin.named_children()):
         if isinstance(module, StoredSite):
             setattr(twin, target, _First())
-    found = record_shapes(twin, inputs)
-    shapes = {str(n.target): found[n] for n in twin.graph.nodes if n.op == "call_module" and n in found}
-    for target, module in model.named_children():
-        if isinstance(module, StoredSite) and target in shapes:
-            shape, dtype = shapes[target]
-            edge = module.edge
-            module.edge = Edge(edge.name, shape, dtype, edge.lifetime, edge.readers)
+    return {node.name: found for node, found in record_shapes(twin, inputs).items()}
 
 
-def _remove_site(model: GraphModule, target: str) -> None:
-    for node in list(model.graph.nodes):
-        if node.op == "call_module" and node.target == target:
-            node.replace_all_uses_with(node.all_input_nodes[min(1, len(node.all_input_nodes) - 1)])
-            model.graph.erase_node(node)
-    delattr(model, target)
+def _describe(model: GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Write shape and dtype of every site into its edge."""
+    found = _shapes(model, inputs)
+    for node in model.graph.nodes:
+        site = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(site, StoredSite) and node.name in found:
+            shape, dtype = found[node.name]
+            site.edge = replace(site.edge, shape=shape, dtype=dtype)
 
 
 def stored_edges(model: nn.Module) -> list[Edge]:
@@ -217,22 +234,19 @@ def convert_stored(prepared: GraphModule, coding: str = "joint") -> GraphModule:
         site = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(site, StoredSite):
             continue
-        quantizer, strips = site.quantizer, site.strips
-        if strips is None and coding != "none":
+        quantizer, samples = site.quantizer, site.samples
+        if samples is None and coding != "none":
             raise UncalibratedQuantizer(
                 f"{quantizer.label} was converted without having seen data. Run the prepared model on calibration "
                 "batches first."
             )
         quantizer.freeze()
-        book = build_codebook(quantizer, coding, strips)
-        setattr(model, str(node.target), Pack(quantizer, book, site.edge))
+        setattr(model, str(node.target), Pack(quantizer, build_codebook(quantizer, coding, samples), site.edge))
         _drop_quantized(node)
+        unpack = add_module(model, f"{node.target}_unpack", Unpack())
         for user in sorted(node.users, key=order.__getitem__):
-            target = f"{node.target}_unpack"
-            if not hasattr(model, target):
-                model.add_submodule(target, Unpack())
             with model.graph.inserting_before(user):
-                unpacked = model.graph.call_module(target, (node,))
+                unpacked = model.graph.call_module(unpack, (node,))
             user.replace_input_with(node, unpacked)
     model.graph.lint()
     model.recompile()

@@ -18,16 +18,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels import fields as f
-from .layout import Layout
+from ...kernels import fields as f
+from ..format.layout import Layout
+from ..format.limits import LENGTHS_PER_CHUNK
+from ..format.tables import NO_ESCAPE
 
 PARALLEL_CHUNKS = 64  # chunks (256 k values) below which one thread is used
 PARALLEL_BYTES = 2**20  # bytes below which one thread copies
 PARTS = 4  # ranges for each thread: a thread that is slow gets fewer of them
 _EMPTY_FLOAT, _EMPTY_CODES = np.empty(0, np.float32), np.empty(0, np.int16)
-_lock, _local = Lock(), local()
+_local = local()
+_lock = Lock()
 _pool: ThreadPoolExecutor | None = None
 _threads: int | None = None
+
+
+def _after_fork() -> None:
+    """A forked child inherits the pool, and perhaps a held lock, but none of the threads that would serve them.
+
+    Neither those of torch: with GNU OpenMP (torch 2.13 on Linux) its first large operation would wait for them forever.
+    So it gets one thread there, as torch's DataLoader does for its workers.
+    """
+    global _pool, _lock
+    if _pool is not None:
+        torch.set_num_threads(1)
+    _pool, _lock = None, Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def set_threads(count: int | None) -> None:
@@ -96,6 +115,27 @@ def _scratch() -> dict[int, NDArray[np.uint8]]:
     return buffers
 
 
+def kernel_arrays(layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(channels, groups) as `kernels.encode.encode_range` takes them."""
+    rows = np.zeros((len(layout.groups), f.FIELDS), np.int64)
+    offset = chunk = 0
+    for row, g in zip(rows, layout.groups, strict=True):
+        row[f.CHANNELS], row[f.CHANNEL_OFFSET] = len(g.channels), offset
+        row[f.WIDTH], row[f.SIGN] = g.width, (1 << (g.width - 1)) if g.signed else 0
+        if g.table is not None and g.packed:  # without a table the kernels go by the width
+            row[f.PACKED_SHIFT], row[f.PACKED_BITS] = g.packed[0]
+        row[f.CODED_SHIFT], row[f.CODED_BITS] = g.coded
+        row[f.ESCAPE] = NO_ESCAPE
+        if g.table is not None:
+            row[f.LOWEST], row[f.ESCAPE] = g.table.lowest, g.table.escape
+            row[f.SYMBOL_BITS], row[f.WORD], row[f.FLUSH] = g.table.symbol_bits, g.table.lookup, g.table.flush
+        row[f.FIRST_CHUNK], row[f.SYMBOLS] = chunk, layout.symbols(g)
+        offset += len(g.channels)
+        chunk += layout.chunks(g)
+    numbers = [c for g in layout.groups for c in g.channels]
+    return np.array(numbers, np.int64), rows
+
+
 def _tables(layout: Layout, decoder: bool) -> NDArray[np.uint64]:
     tables = [g.table for g in layout.groups]
     made = [None if t is None else t.decoder if decoder else t.encoder for t in tables]
@@ -112,7 +152,7 @@ class KernelPlan:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.channels, self.groups = layout.kernel_arrays()
+        self.channels, self.groups = kernel_arrays(layout)
         self.encoders, self.decoders = _tables(layout, False), _tables(layout, True)
         self.fixed_sizes = layout.fixed_sizes()
         self.fixed_edges = np.concatenate([[0], np.cumsum(self.fixed_sizes)]).astype(np.int64)
@@ -136,10 +176,10 @@ def encode(
     Raises:
         FloatingPointError: NaN or Inf among the values.
     """
-    from ..kernels.encode import encode_range
+    from ...kernels.encode import encode_range
 
     layout = plan.layout
-    lengths = np.zeros((layout.total_chunks, 5), np.uint16)
+    lengths = np.zeros((layout.total_chunks, LENGTHS_PER_CHUNK), np.uint16)
     sizes = np.zeros(layout.total_chunks, np.int64)
     x = _EMPTY_FLOAT if values is None else values.detach().numpy().reshape(-1)
     q = _EMPTY_CODES if codes is None else codes.numpy().reshape(-1)
@@ -175,13 +215,13 @@ def decode(
 
     Args:
         source: the payload.
-        offsets: (chunks + 1,), validated, see `frame.read_lengths`.
+        offsets: (chunks + 1,), validated, see `format.data.split`.
         lengths: (chunks, 5).
 
     Returns:
         -1, or the number of a chunk whose escapes do not fit.
     """
-    from ..kernels.decode import decode_range
+    from ...kernels.decode import decode_range
 
     layout = plan.layout
     out = _EMPTY_FLOAT if values is None else values.numpy().reshape(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import DQAError
+from ...errors import DQAError
 
 
 class StorageError(DQAError):

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels import fields as f
-from .tables import NO_ESCAPE, Table
+from .limits import CHUNK
+from .tables import Table
 
 CODINGS = ("none", "shift_error", "joint", "auto")
 
@@ -66,7 +66,7 @@ def joint_group(channels: tuple[int, ...], width: int, signed: bool, table: Tabl
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups of one tensor shape, in the form that the kernels read.
+    """The groups of one tensor shape, and how it is cut into chunks.
 
     Args:
         batch, channels, inner: B, C, I.
@@ -84,7 +84,7 @@ class Layout:
 
     def chunks(self, group: Group) -> int:
         """Chunks of a group in this tensor."""
-        return -(-self.symbols(group) // f.CHUNK)
+        return -(-self.symbols(group) // CHUNK)
 
     @property
     def total_chunks(self) -> int:
@@ -98,9 +98,9 @@ class Layout:
 
     def chunk_symbols(self, group: Group) -> NDArray[np.int64]:
         """(chunks,) symbols of each chunk: 4096, and what is left for the last one."""
-        sizes = np.full(self.chunks(group), f.CHUNK, np.int64)
+        sizes = np.full(self.chunks(group), CHUNK, np.int64)
         if sizes.size:
-            sizes[-1] = self.symbols(group) - (sizes.size - 1) * f.CHUNK
+            sizes[-1] = self.symbols(group) - (sizes.size - 1) * CHUNK
         return sizes
 
     def fixed_sizes(self) -> NDArray[np.int64]:
@@ -126,23 +126,3 @@ class Layout:
             streams = 4 * (-(-quarter // (8 * g.table.word))) if g.table is not None else 0
             parts.append((self.chunk_symbols(g) + 7) // 8 * sum(bits for _, bits in g.packed) + streams)
         return np.minimum(np.concatenate([np.zeros(0, np.int64), *parts]), self.fixed_sizes())
-
-    def kernel_arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(channels, groups) as `kernels.encode.encode_range` takes them."""
-        rows = np.zeros((len(self.groups), f.FIELDS), np.int64)
-        offset = chunk = 0
-        for row, g in zip(rows, self.groups, strict=True):
-            row[f.CHANNELS], row[f.CHANNEL_OFFSET] = len(g.channels), offset
-            row[f.WIDTH], row[f.SIGN] = g.width, (1 << (g.width - 1)) if g.signed else 0
-            for k, (shift, bits) in enumerate(g.packed):
-                row[f.FIRST_SHIFT + 2 * k], row[f.FIRST_BITS + 2 * k] = shift, bits
-            row[f.CODED_SHIFT], row[f.CODED_BITS] = g.coded
-            row[f.ESCAPE] = NO_ESCAPE
-            if g.table is not None:
-                row[f.LOWEST], row[f.ESCAPE] = g.table.lowest, g.table.escape
-                row[f.SYMBOL_BITS], row[f.WORD], row[f.FLUSH] = g.table.symbol_bits, g.table.lookup, g.table.flush
-            row[f.FIRST_CHUNK], row[f.SYMBOLS] = chunk, self.symbols(g)
-            offset += len(g.channels)
-            chunk += self.chunks(g)
-        numbers = [c for g in self.groups for c in g.channels]
-        return np.array(numbers, np.int64), rows

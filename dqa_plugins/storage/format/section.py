@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..methods import MAX_BITS, MIN_BITS
-from .codebook import KINDS, Codebook
+from .codebook import KINDS, PARAMETERS, Codebook
 from .errors import CorruptFrame
 from .layout import CODINGS, Group, joint_group, packed_group, shift_error_group
+from .limits import MAX_BITS, MAX_CODE, MAX_GROUPS, MIN_BITS
 from .tables import NO_ESCAPE, Table
 
 _HEAD = struct.Struct("<BBBbBBHII")  # kind, bits, flags, channel axis, coding, 0, groups, channels, parameters
@@ -24,6 +24,11 @@ _GROUP = struct.Struct("<BB")  # width, mode
 _TABLE = struct.Struct("<BBBBH")  # word, symbol bits, lowest, has an escape, bytes of the lengths
 _SIGNED, _DYNAMIC, _PER_CHANNEL, _PER_BATCH, _DOUBLE = 1, 2, 4, 8, 16
 _PACKED, _SHIFT_ERROR, _JOINT = 0, 1, 2
+# of an explicit grid, by number: 1 zero point, 2 bias, 4 thresholds outside of which values are kept
+_FIELDS = tuple(
+    ("step", *(["zero_point"] * (k & 1)), *(["bias"] * (k >> 1 & 1)), *(["lower", "upper"] * (k >> 2)))
+    for k in range(8)
+)
 
 
 def _deflate(data: bytes) -> bytes:
@@ -39,8 +44,7 @@ def _mode(group: Group) -> int:
 
 def write_codebook(book: Codebook) -> bytes:
     """The codebook section."""
-    static = [p for p in (book.scale, book.lower, book.upper) if p is not None]
-    double = any(p.dtype == torch.float64 for p in static)
+    double = any(p.dtype == torch.float64 for p in book.static)
     flags = (
         _SIGNED * book.signed
         | _DYNAMIC * book.dynamic
@@ -48,16 +52,19 @@ def write_codebook(book: Codebook) -> bytes:
         | _PER_BATCH * book.per_batch
         | _DOUBLE * double
     )
-    size = static[0].numel() if static else 0
+    size = book.static[0].numel() if book.static else 0
     group_of = np.zeros(book.channels, np.uint8)
     for i, group in enumerate(book.groups):
         group_of[list(group.channels)] = i
     kind, coding = KINDS.index(book.kind), CODINGS.index(book.coding)
     out = [_HEAD.pack(kind, book.bits, flags, book.channel_axis, coding, 0, len(book.groups), book.channels, size)]
     out += [book.extra_bits.to(torch.int8).numpy().tobytes(), group_of.tobytes()]
-    out += [p.to(torch.float64 if double else torch.float32).numpy().tobytes() for p in static]
+    out += [p.to(torch.float64 if double else torch.float32).numpy().tobytes() for p in book.static]
     if book.kind == "noise":
         out.append(book.noise.to(torch.float32).numpy().tobytes())
+    if book.kind == "explicit":
+        out.append(bytes([_FIELDS.index(book.parameters)]))
+        out.append(book.low.to(torch.int32).numpy().tobytes())
     for group in book.groups:
         out.append(_GROUP.pack(group.width, _mode(group)))
         if group.table is not None:
@@ -99,42 +106,49 @@ def read_codebook(data: memoryview) -> Codebook:
     kind_number, bits, flags, axis, coding, zero, count, channels, size = reader.unpack(_HEAD)
     _require(kind_number < len(KINDS) and coding < len(CODINGS) and zero == 0, "the codebook is of an unknown kind.")
     _require(MIN_BITS <= bits <= MAX_BITS, f"codes of {bits} bits: {MIN_BITS} to {MAX_BITS} exist.")
-    _require(flags < 32 and 1 <= channels <= len(data) and 1 <= count <= 255, "the codebook head is out of range.")
-    kind, dynamic = KINDS[kind_number], bool(flags & _DYNAMIC)
+    _require(
+        flags < 32 and 1 <= channels <= len(data) and 1 <= count <= MAX_GROUPS, "the codebook head is out of range."
+    )
+    kind, dynamic, signed = KINDS[kind_number], bool(flags & _DYNAMIC), bool(flags & _SIGNED)
     per_channel = bool(flags & _PER_CHANNEL)
     _require(axis != 0 or channels == 1, "a tensor without a channel axis has one channel.")
     _require(size == (0 if dynamic else channels if per_channel else 1), f"{size} parameters are announced.")
+    _require(kind != "explicit" or (dynamic and not signed), "an explicit grid is stored with each tensor.")
     extra = torch.from_numpy(reader.array(channels, "<i1")).to(torch.int64)
-    low, high = (1 - bits, bits) if kind == "grid" else (0, 0)
+    low, high = (1 - bits, bits) if kind in ("grid", "explicit") else (0, 0)
     _require(bool((extra >= low).all() and (extra <= high).all()), "extra bits are out of range.")
     group_of = reader.array(channels, "<u1")
-    found: list[Tensor | None] = [None, None, None]
-    for k in (0,) if kind in ("grid", "noise") else (1, 2):
-        if not dynamic:
-            values = torch.from_numpy(reader.array(size, "<f8" if flags & _DOUBLE else "<f4"))
-            _require(bool(torch.isfinite(values).all()), "a parameter is NaN or Inf.")
-            found[k] = values if per_channel else values.reshape(())
+    parameters, static = PARAMETERS[kind], []
+    for _ in parameters if not dynamic else ():
+        values = torch.from_numpy(reader.array(size, "<f8" if flags & _DOUBLE else "<f4"))
+        _require(bool(torch.isfinite(values).all()), "a parameter is NaN or Inf.")
+        static.append(values if per_channel else values.reshape(()))
     noise = torch.from_numpy(reader.array(channels, "<f4")) if kind == "noise" else torch.empty(0)
-    groups = tuple(
-        _read_group(reader, np.flatnonzero(group_of == i), extra, bits, bool(flags & _SIGNED)) for i in range(count)
-    )
+    smallest = torch.empty(0, dtype=torch.int64)
+    if kind == "explicit":
+        (fields,) = reader.take(1)
+        _require(fields < len(_FIELDS), "an explicit grid has unknown fields.")
+        parameters = _FIELDS[fields]
+        smallest = torch.from_numpy(reader.array(channels, "<i4")).to(torch.int64)
+        _require(bool((smallest.abs() <= MAX_CODE).all()), f"codes beyond {MAX_CODE} are announced.")
+    groups = tuple(_read_group(reader, np.flatnonzero(group_of == i), extra, bits, signed) for i in range(count))
     _require(int(group_of.max()) < count, "a channel belongs to a group that does not exist.")
     _require(reader.at == len(data), f"the codebook is followed by {len(data) - reader.at} bytes.")
     return Codebook(
         kind=kind,
         coding=CODINGS[coding],
         bits=bits,
-        signed=bool(flags & _SIGNED),
+        signed=signed,
         channel_axis=axis,
         extra_bits=extra,
         groups=groups,
-        scale=found[0],
-        lower=found[1],
-        upper=found[2],
+        parameters=parameters,
+        static=tuple(static),
         dynamic=dynamic,
         per_channel=per_channel,
         per_batch=bool(flags & _PER_BATCH),
         noise=noise,
+        low=smallest,
     )
 
 
@@ -163,7 +177,7 @@ def _read_group(reader: _Reader, members: NDArray[np.int64], extra: Tensor, bits
         word, symbol_bits, lowest, expected_escape(symbol_bits, bool(escape)), np.frombuffer(lengths, np.uint8).copy()
     )
     table.check()
-    _require(word > 1 or bool((table.lengths > 0).all()), "a symbol has no code.")
+    _require(lowest < 1 << coded, f"symbol 0 stands for {lowest}, which {coded} bits cannot hold.")
     if mode == _SHIFT_ERROR:
         return shift_error_group(channels, width, signed, bits, table)
     return joint_group(channels, width, signed, table)

@@ -1,23 +1,28 @@
-"""The modules that stand in the graph where a long-lived value is kept: while calibrating, and once packed."""
+"""The modules of a stored value: one observes it while calibrating, two pack and unpack it once converted."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExportFailed
-from ..quantizer import ActivationQuantizer
-from .codebook import Codebook
+from ...errors import ExportFailed
+from ...quantizer import ActivationQuantizer
+from ..format.codebook import Codebook
+from ..format.errors import CorruptFrame
+from ..format.section import read_codebook, write_codebook
+from ..packed import PackedActivation
+from ..packing import pack
+from ..samples import CalibrationSamples, join, samples_wanted, take_samples
+from . import gradients
 from .edges import Edge
-from .layer import read_codebook, write_codebook
-from .packed import PackedActivation, pack
-from .strips import Strips, join, samples_wanted, take_strips
 
 
 class StoredSite(nn.Module):
     """Stands where a long-lived value is stored: observes while calibrating, fake-quantizes once frozen.
 
-    Besides what the quantizer itself keeps, it keeps strips of neighbouring values for the entropy tables. In a model
+    Besides what the quantizer itself keeps, it keeps samples of neighbouring values for the entropy tables. In a model
     that an adapter prepared or converted, the quantizer is the one that the adapter placed: the graph calls that one,
     and this site only looks on.
     """
@@ -26,7 +31,7 @@ class StoredSite(nn.Module):
         super().__init__()
         self.quantizer = quantizer
         self.edge = edge
-        self.strips: Strips | None = None
+        self.samples: CalibrationSamples | None = None
         self.paused = False  # True while gradients are taken: neither observe nor quantize
 
     def forward(self, x: Tensor, quantized: Tensor | None = None, whole: Tensor | None = None) -> Tensor:
@@ -35,15 +40,15 @@ class StoredSite(nn.Module):
         Args:
             x: the value.
             quantized: what the adapter's quantizer made of it; returned as it is.
-            whole: the tensor that x is a subsample of, where dynamic parameters are taken from it.
+            whole: the tensor that dynamic parameters are taken from, where that is not x.
         """
         if self.paused:
             return x if quantized is None else quantized
         out: Tensor = self.quantizer(x) if quantized is None else quantized
         wanted = quantized is not None or self.quantizer.state == "observe"
-        if wanted and (left := samples_wanted(self.strips)) and x.numel() and self.quantizer.calibrated:
-            sampled = take_strips(x[:left], self.quantizer, source=None if whole is None else whole[:left])
-            self.strips = join(self.strips, sampled)
+        if wanted and (left := samples_wanted(self.samples)) and x.numel() and self.quantizer.calibrated:
+            taken = take_samples(x[:left], self.quantizer, source=None if whole is None else whole[:left])
+            self.samples = join(self.samples, taken)
         return out
 
 
@@ -73,21 +78,34 @@ class Pack(nn.Module):
     def forward(self, x: Tensor, whole: Tensor | None = None) -> PackedActivation | Tensor:
         """The packed value (tensors without data, of the meta device, pass through).
 
+        Args:
+            x: the value.
+            whole: the tensor that dynamic parameters are taken from, where that is not x.
+
         Raises:
             ExportFailed: the model is being exported.
         """
         _check_eager(self.quantizer.name)
         if x.device.type == "meta":
             return x
-        return pack(x, self.quantizer, self.codebook.coding, self.codebook, source=whole)
+        packed = pack(x, self.quantizer, self.codebook.coding, self.codebook, source=whole)
+        wanted = x.requires_grad and torch.is_grad_enabled()
+        return gradients.with_gradient(packed, x, self.quantizer, whole) if wanted else packed
 
     def get_extra_state(self) -> Tensor:
         """The codebook section, as uint8: loads with weights_only."""
         return torch.frombuffer(bytearray(write_codebook(self.codebook)), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Inverse of `get_extra_state`."""
-        self.codebook = read_codebook(memoryview(state.cpu().numpy().tobytes()))
+        """Inverse of `get_extra_state`.
+
+        Raises:
+            CorruptFrame: the state is no codebook.
+        """
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+            raise CorruptFrame(f"'{self.edge.name}': the state of a packed value is a uint8 tensor, got {state!r:.80}.")
+        book = read_codebook(memoryview(state.cpu().numpy().tobytes()))
+        self.codebook = replace(book, name=self.quantizer.name)
 
 
 class Unpack(nn.Module):
@@ -96,4 +114,4 @@ class Unpack(nn.Module):
     @torch.compiler.disable(reason="packed bytes have no fixed size: convert_stored models run in eager PyTorch")
     def forward(self, packed: PackedActivation | Tensor) -> Tensor:
         """The fake-quantized value."""
-        return packed if isinstance(packed, Tensor) else packed.unpack()
+        return packed if isinstance(packed, Tensor) else gradients.unpack(packed)

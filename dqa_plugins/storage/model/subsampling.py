@@ -1,4 +1,4 @@
-"""Shortcuts that are subsampled before they are used: found, and moved in front of the place where they are stored.
+"""Shortcuts that are subsampled before they are used: found, and subsampled before they are stored.
 
 A reader subsamples if it is a slice with a step (`x[:, :, ::2, ::2]`, in exported graphs a chain of aten.slice), or a
 1x1 convolution with a stride and no padding.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .edges import operation_name
+from .facts import add_module, operation_name
 
 _STRIDE, _PADDING = 3, 4  # arguments of aten.conv2d
 
@@ -132,19 +132,20 @@ def subsampled(node: Node, how: Subsampling, after: Node) -> Node:
 
 
 def spread(sampled: Tensor, index: tuple[slice, ...], shape: tuple[int, ...]) -> Tensor:
-    """Put a subsample back where it was taken from, zeros between: a strided 1x1 convolution reads no other place."""
+    """Put a subsample back where it was taken from, zeros between: a strided 1x1 convolution reads nothing else."""
     whole = sampled.new_zeros(shape)
     whole[index] = sampled
     return whole
 
 
 def read_subsample(
-    model: GraphModule, reader: Node, source: Node, how: Subsampling, stored: Node, *, keep: bool
+    model: GraphModule, reader: Node, source: Node, how: Subsampling, stored: Node, sized: Node | None
 ) -> None:
     """Let a reader that subsampled `source` itself use the stored subsample instead.
 
     Args:
-        keep: leave a convolution as it is and spread its input: one without the stride may sum in another order.
+        sized: leave a convolution as it is and spread its input to the shape of this node: a convolution without the
+            stride may sum in another order. None: take its stride away.
     """
     if how.last is not None:  # a slice: the stored value is its result
         how.last.replace_all_uses_with(stored)
@@ -154,10 +155,10 @@ def read_subsample(
             model.graph.erase_node(node)
             node = before
         return
-    if keep:
+    if sized is not None:
         (index,) = how.steps[0][1]
         with model.graph.inserting_after(source):
-            shape = model.graph.call_function(getattr, (source.all_input_nodes[0], "shape"))
+            shape = model.graph.call_function(getattr, (sized, "shape"))
         with model.graph.inserting_before(reader):
             whole = model.graph.call_function(spread, (stored, index, shape))
         reader.replace_input_with(source, whole)
@@ -165,9 +166,7 @@ def read_subsample(
     if reader.op == "call_module":
         conv: Any = copy.copy(model.get_submodule(str(reader.target)))  # shares the weights
         conv.stride = (1,) * len(conv.stride)
-        target = f"{str(reader.target).replace('.', '_')}_subsampled"
-        model.add_submodule(target, conv)
-        reader.target = target
+        reader.target = add_module(model, f"{reader.target}_subsampled", conv)
     else:
         stride: Any = reader.args[_STRIDE]
         reader.update_arg(_STRIDE, [1] * len(stride))
