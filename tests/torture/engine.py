@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
 
 from .registry import CaseClass, Defect
 
@@ -79,8 +80,10 @@ def run_class(found: CaseClass, count: Count, examples: int, number: int) -> Non
 
     start = time.perf_counter()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             run()
+    except Unsatisfiable:
+        pass  # few examples, and none of them could be made
     except Defect as defect:
         count.defect = str(defect)
         count.reproducer = f"replay({found.name!r}, {last[0]!r})"
