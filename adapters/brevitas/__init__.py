@@ -10,7 +10,7 @@ having been calibrated collects its statistics while it trains. Importing this r
 Brevitas and wraps `calibration_mode` (see `hooks`).
 
 What cannot be had (brevitas 0.13.4):
-- QuantTensors from NoisyQuant, Dense+Sparse, dynamic or per-channel scales: a typed error says why (see `convert`). In
+- QuantTensors from NoisyQuant, Dense+Sparse, dynamic or per-channel scales: a typed error says why (see `grid`). In
   the maps of `quantize` such a layer takes return_quant_tensor=False, and the layers behind it bias_quant=None too.
 - A convolution that returns a QuantTensor behind a zero point (Direct(symmetric=False)): Brevitas computes none.
 - NoisyQuant(objective="output"): a layer does not know the next one.
@@ -26,10 +26,10 @@ except ImportError as error:
     raise missing("brevitas", "brevitas", "dqa_plugins.adapters.brevitas") from error
 
 from .config import DenseSparseAct, DirectAct, DQAAct, NoisyQuantAct, get_act_quant
-from .convert import start_qat
+from .convert import quantize_model, start_qat
 from .hooks import install
-from .place import substitute_layers
 from .proxy import PluginActProxy
+from .substitute import substitute_layers
 
 install()
 
@@ -40,6 +40,7 @@ __all__ = [
     "NoisyQuantAct",
     "PluginActProxy",
     "get_act_quant",
+    "quantize_model",
     "start_qat",
     "substitute_layers",
 ]

@@ -1,84 +1,65 @@
-"""What a calibrated quantizer becomes for Brevitas: an integer grid, or a typed error that says why it has none.
-
-An IntQuantTensor has one scale and one bit width: per-channel ones break its `is_valid` and `int()`, and a
-convolution with as many inputs as outputs takes them for those of its outputs, in silence (0.13.4). So DQA reports the
-grid that all its channels share, step delta / 2^m and n + m bits: every value of every channel lies on it.
-"""
+"""All of Brevitas' flow in one call, and the start of training without calibration."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from brevitas.graph.calibrate import calibration_mode
+from torch import nn
+from torch.fx import GraphModule
 
-from dqa_plugins.errors import UnsupportedCombination
-from dqa_plugins.grid import QParams
-from dqa_plugins.method import Method
-from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.host.quantize import example_of, run_calibration, split_methods
+from dqa_plugins.methods import Method
 
-_SMALLEST_SCALE = 1e-10  # Brevitas' own scaling_min_val: an all-zero site still gets a scale one can divide by
-
-
-class CommonGrid(NamedTuple):
-    """The metadata of an IntQuantTensor, value = (code - zero_point) * scale.
-
-    scale: () unit of x. zero_point: () in codes. bit_width: () float, as Brevitas wants it. signed: of the codes.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    bit_width: Tensor
-    signed: bool
+from .fields import require_supported
+from .names import site_of
+from .place import insert, place, trace
+from .proxy import PluginActProxy
 
 
-def why_no_common_grid(method: Method) -> str | None:
-    """The reason why outputs of a method are no IntQuantTensors; None if they are."""
-    one = torch.ones(1)
-    found = QParams(None, -one, one) if method.uses_range else QParams(one)
-    grid = method.grid(found, True, {name: one.long() for name in method.vectors}).constants()
-    if grid.keep is not None:
-        return "Dense+Sparse keeps outliers in float, which lie on no integer grid"
-    if grid.bias is not None:
-        return "NoisyQuant subtracts noise of each channel after dequantizing, which leaves no integer grid"
-    if method.qparams != "static":
-        return "dynamic and predicted scales are one per sample, and Brevitas takes an axis of a scale for the channels"
-    if method.granularity != "tensor":
-        return "scales of each channel break IntQuantTensor.is_valid and the convolution behind it"
-    return None
+def quantize_model(
+    model: nn.Module,
+    method: Method | Mapping[str, Method | None],
+    calibration: Iterable[Any],
+    *,
+    example_inputs: Any = None,
+    weight_bits: int | None = 8,
+    inputs: Callable[[Any], Any] | None = None,
+) -> GraphModule:
+    """Trace a model, put Brevitas' layers where the judge says, and calibrate it by Brevitas' calibration_mode.
 
+    Args:
+        model: float, that torch.fx can trace; it is not changed.
+        method: for every layer, or {site or module: method or None}; what the mapping does not name stays float,
+            unless it names "", which stands for all.
+        calibration: items: a tensor is the one input, a tuple or list the positional inputs, a dict keyword inputs.
+        example_inputs: for shapes; None: the first item.
+        weight_bits: 2 to 8, per output channel, by Brevitas' own weight quantizers; None leaves weights float.
+        inputs: a function item -> inputs, for items that hold more.
 
-def require_common_grid(method: Method, label: str) -> None:
-    """Raise unless outputs of the method are IntQuantTensors.
+    Returns:
+        the traced model in eval mode, with frozen quantizers.
 
     Raises:
-        UnsupportedCombination: with the reason and the way out.
+        UnsupportedInput: torch.fx cannot trace the model.
+        NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
     """
-    reason = why_no_common_grid(method)
-    if reason is not None:
-        raise UnsupportedCombination(
-            f"{label} cannot give the QuantTensor that its layer asks for: {reason}. Give return_quant_tensor=False "
-            "(and no bias_quant that needs an input scale), or use Direct or DQA with qparams='static' and "
-            "granularity='tensor' here."
-        )
-
-
-def common_grid(quantizer: ActivationQuantizer) -> CommonGrid:
-    """The grid on which every output of a calibrated quantizer lies.
-
-    Raises:
-        UnsupportedCombination: there is none.
-    """
-    require_common_grid(quantizer.method, quantizer.label)
-    grid = quantizer.static_grid
-    scale = grid.step.min()
-    zero_point = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.reshape(())
-    signed = quantizer.signed and not quantizer.method.uses_range
-    return CommonGrid(_positive(scale), zero_point, torch.full_like(scale, grid.width()), signed)
-
-
-def _positive(scale: Tensor) -> Tensor:
-    return scale.clamp(min=_SMALLEST_SCALE)
+    items, example = example_of(calibration, inputs, example_inputs)
+    everywhere, named = split_methods(method)
+    for wanted in (everywhere, *named.values()):
+        if wanted is not None:
+            require_supported(wanted, "quantize_model")
+    traced = trace(copy.deepcopy(model).eval())
+    insert(traced, place(traced, everywhere, named, example), weight_bits)
+    with torch.no_grad(), calibration_mode(traced):
+        run_calibration(traced, items, inputs)
+    for module in traced.modules():
+        if isinstance(module, PluginActProxy):
+            module.quantizer.freeze()  # nothing to do, but for one that saw no data: that raises
+    return traced.eval()
 
 
 def start_qat(model: nn.Module) -> nn.Module:
@@ -90,9 +71,6 @@ def start_qat(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedCombination: a quantizer is calibrated already.
     """
-    from .naming import site_of
-    from .proxy import PluginActProxy
-
     for path, module in model.named_modules():
         if isinstance(module, PluginActProxy):
             module.quantizer.name = module.quantizer.name or site_of(path)

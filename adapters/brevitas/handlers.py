@@ -25,7 +25,7 @@ from torch import Tensor
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.ranges import lay_out
 
-from .convert import common_grid, why_no_common_grid
+from .grid import common_grid, why_no_common_grid
 from .proxy import PluginActProxy
 
 

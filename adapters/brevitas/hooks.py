@@ -1,4 +1,4 @@
-"""What of Brevitas is touched, and the check that it is still there.
+"""What of Brevitas is touched; `host.hooks` checks that it is still there.
 
 - Export handlers are registered with the managers of its exports. A manager matches the class of a proxy exactly; for
   an unknown one it warns, then fails with "'NoneType' object is not callable" (0.13.4).
@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import brevitas
@@ -19,13 +19,14 @@ from brevitas.export.torch.qcdq.manager import TorchQCDQManager
 from brevitas.graph import calibrate
 
 from dqa_plugins.errors import FrameworkMismatch
+from dqa_plugins.host import hooks
+from dqa_plugins.host.hooks import Hook, Host, check_version, require
 
 from .handlers import PluginInferenceHandler, QCDQHandler, QONNXHandler, TorchQCDQHandler
-from .naming import AxisTracker
+from .names import AxisTracker
 from .predict import start
 
-TESTED = "0.13"
-MARK = "__dqa_plugins_hook__"
+TESTED = "0.13.4"
 
 # The dynamo managers inherit the lists of these.
 _HANDLERS = {
@@ -36,27 +37,29 @@ _HANDLERS = {
 }
 
 
-def check_version() -> None:
-    """Raise unless this is a Brevitas that the adapter was tested with.
+def _enter_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __enter__(self: Any) -> Any:
+        result = original(self)
+        self._dqa_axes = AxisTracker() if self.enabled else None
+        if self._dqa_axes is not None:
+            self._dqa_axes.__enter__()
+        self._dqa_predicted = start(self.model) if self.enabled else None
+        return result
 
-    Raises:
-        FrameworkMismatch: it is not.
-    """
-    version = str(brevitas.__version__)
-    if version.split(".")[:2] != TESTED.split("."):
-        raise FrameworkMismatch(
-            f"the Brevitas adapter stands on internals of brevitas {TESTED}.x; found {version}. "
-            f"pip install 'brevitas=={TESTED}.*'."
-        )
-    for name in ("__enter__", "__exit__"):
-        if not callable(getattr(getattr(calibrate, "calibration_mode", None), name, None)):
-            raise FrameworkMismatch(f"brevitas.graph.calibrate.calibration_mode.{name} is gone in brevitas {version}.")
-    code = getattr(getattr(calibrate, "finalize_collect_stats", None), "__code__", None)
-    if code is None or "init_scale" not in code.co_names:
-        raise FrameworkMismatch(
-            f"brevitas {version} no longer calls init_scale when calibration_mode is left: nothing would tell our "
-            "quantizers that calibration is over."
-        )
+    return __enter__
+
+
+def _exit_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __exit__(self: Any, *error: Any) -> Any:
+        # a mode that was entered before this room was imported has neither
+        axes, predicted = getattr(self, "_dqa_axes", None), getattr(self, "_dqa_predicted", None)
+        if axes is not None:
+            axes.__exit__(*error)
+        if predicted is not None:
+            predicted.leave(interrupted=error[0] is not None)
+        return original(self, *error)
+
+    return __exit__
 
 
 def install() -> None:
@@ -65,31 +68,20 @@ def install() -> None:
     Raises:
         FrameworkMismatch: another version of Brevitas, or a hook is gone.
     """
-    check_version()
+    host = Host("brevitas", str(brevitas.__version__), TESTED, "Brevitas", "use another adapter")
+    check_version(host, strict=True)
+    mode: Any = require(calibrate, "calibration_mode", host)
+    finalize: Any = require(calibrate, "finalize_collect_stats", host, ("module",))
+    if "init_scale" not in finalize.__code__.co_names:
+        raise FrameworkMismatch(
+            f"brevitas {host.version} no longer calls init_scale when calibration_mode is left: nothing would tell our "
+            f"quantizers that calibration is over. {host.way_out}."
+        )
+    wrapped = [
+        Hook(mode, "__enter__", ("self",), _enter_hook),
+        Hook(mode, "__exit__", ("self", "type", "value", "traceback"), _exit_hook),
+    ]
+    hooks.install(wrapped, host, strict=True)
     for manager, handler in _HANDLERS.items():
         if handler not in manager.handlers:
             manager.handlers.append(handler)
-    mode = calibrate.calibration_mode
-    if getattr(mode.__enter__, MARK, False):
-        return
-    enter, leave = mode.__enter__, mode.__exit__
-
-    @functools.wraps(enter)
-    def __enter__(self: Any) -> Any:
-        result = enter(self)
-        self._dqa_axes = AxisTracker() if self.enabled else None
-        if self._dqa_axes is not None:
-            self._dqa_axes.__enter__()
-        self._dqa_predicted = start(self.model) if self.enabled else None
-        return result
-
-    @functools.wraps(leave)
-    def __exit__(self: Any, *error: Any) -> Any:
-        if self._dqa_axes is not None:
-            self._dqa_axes.__exit__(*error)
-        if self._dqa_predicted is not None:
-            self._dqa_predicted.leave(interrupted=error[0] is not None)
-        return leave(self, *error)
-
-    setattr(__enter__, MARK, True)
-    mode.__enter__, mode.__exit__ = __enter__, __exit__

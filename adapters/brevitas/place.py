@@ -1,133 +1,168 @@
-"""Which activations of a model get a quantizer: replace layers by class and by name."""
+"""Between a traced model and the judge of placement, for `quantize_model`.
+
+Activation modules become Brevitas' layers, other sites a QuantIdentity behind the tensor; layers with weights become
+Brevitas' own.
+
+Where the host differs:
+
+- Batch norms stay what they are, where FX and PT2E fold them into the layer before: sites have the same names.
+- Brevitas has one quantizer per module: a QuantIdentity that several sites share is called at each of them.
+- NoisyQuant(objective="output"): a layer of Brevitas does not know the next one.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import brevitas.nn as qnn
-from brevitas.nn.quant_layer import QuantNonLinearActLayer
+from brevitas.graph.base import ModuleToModuleByInstance
+from brevitas.quant import Int8WeightPerChannelFloat
 from torch import nn
+from torch.fx import GraphModule, Node, Tracer
 
-from dqa_plugins.errors import DQAWarning, InvalidMethod, UnsupportedCombination
-from dqa_plugins.methods import Method, check_method
+from dqa_plugins.errors import InvalidMethod, UnsupportedInput
+from dqa_plugins.graph.fx import describe, follow_in_place
+from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
+from dqa_plugins.host.quantize import methods_by_name
+from dqa_plugins.host.record import record_shapes
+from dqa_plugins.methods import Method
 
 from .config import get_act_quant
-from .convert import require_common_grid
-from .fields import require_supported
 from .proxy import PluginActProxy
+from .substitute import LAYERS, substitute
 
-Layers = Mapping[type[nn.Module] | str, Method | None]
-
-
-def _bounded(old: Any, **kwargs: Any) -> nn.Module:
-    return qnn.QuantHardTanh(min_val=old.min_val, max_val=old.max_val, **kwargs)
-
-
-# Brevitas' layer for each activation it knows; ReLU6 is a Hardtanh from 0 to 6.
-_LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.ReLU: lambda old, **kwargs: qnn.QuantReLU(**kwargs),
-    nn.Sigmoid: lambda old, **kwargs: qnn.QuantSigmoid(**kwargs),
-    nn.Tanh: lambda old, **kwargs: qnn.QuantTanh(**kwargs),
-    nn.Hardswish: lambda old, **kwargs: qnn.QuantHardSwish(**kwargs),
-    nn.Identity: lambda old, **kwargs: qnn.QuantIdentity(**kwargs),
-    nn.Hardtanh: _bounded,
-    nn.ReLU6: _bounded,
+_WEIGHTED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: qnn.QuantConv1d,
+    nn.Conv2d: qnn.QuantConv2d,
+    nn.Conv3d: qnn.QuantConv3d,
+    nn.ConvTranspose1d: qnn.QuantConvTranspose1d,
+    nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
+    nn.ConvTranspose3d: qnn.QuantConvTranspose3d,
+    nn.Linear: qnn.QuantLinear,
 }
 
 
-class QuantActivation(QuantNonLinearActLayer):
-    """Any other activation module, GELU for example, as a Brevitas layer."""
-
-    def __init__(self, function: nn.Module, *, act_quant: Any, return_quant_tensor: bool = False) -> None:
-        super().__init__(
-            act_impl=function,
-            passthrough_act=False,
-            input_quant=None,
-            act_quant=act_quant,
-            return_quant_tensor=return_quant_tensor,
-        )
+class _Tracer(Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or type(m).__module__.startswith("brevitas.")
 
 
-def substitute_layers(model: nn.Module, layers: Layers, *, return_quant_tensor: bool = False) -> nn.Module:
-    """Replace activation modules by Brevitas layers which quantize with our methods. Changes the model in place.
-
-    Args:
-        model: float, or with Brevitas layers; their activation layers can be named here too.
-        layers: {class or qualified name: method, or None for float}. A name goes before its class; a class matches
-            exactly, not its subclasses.
-        return_quant_tensor: of the new layers.
-
-    Returns:
-        the model; the new layer if the model itself is an activation.
+def trace(model: nn.Module) -> GraphModule:
+    """The model as a torch.fx graph.
 
     Raises:
-        NotAMethod: a value is none.
-        InvalidMethod: a name is not in the model, or nothing matches.
-        UnsupportedCombination: a module with weights, or a method that cannot do what is asked for.
+        UnsupportedInput: torch.fx cannot trace it.
     """
-    chosen = _choose(model, layers)
-    for name, method in chosen.items():
-        label = f"'{name}' ({type(method).__name__}, {method.bits} bits)"
-        require_supported(method, label)
-        if return_quant_tensor:
-            require_common_grid(method, label)
-    made: dict[nn.Module, nn.Module] = {}
-    for name, method in chosen.items():
-        old = model.get_submodule(name)
-        made[old] = _substitute(name, old, method, return_quant_tensor)
-    for parent in list(model.modules()):
-        for child, old in list(parent.named_children()):
-            if old in made:
-                setattr(parent, child, made[old])
-    return made.get(model, model)
+    try:
+        traced = GraphModule(model, _Tracer().trace(model), type(model).__name__)
+    except Exception as error:
+        raise UnsupportedInput(
+            f"quantize_model: torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). Use "
+            "substitute_layers(model, {nn.ReLU: method, ...}) and brevitas.graph.calibrate.calibration_mode instead."
+        ) from error
+    follow_in_place(traced)
+    traced.recompile()
+    return traced
 
 
-def _choose(model: nn.Module, layers: Layers) -> dict[str, Method]:
-    """{qualified name: method} of the modules to replace, in registration order."""
-    for key, method in layers.items():
-        if not isinstance(key, str) and not (isinstance(key, type) and issubclass(key, nn.Module)):
-            raise InvalidMethod(f"substitute_layers: {key!r} is neither a module class nor a qualified name.")
-        if method is not None:
-            check_method(method, f"substitute_layers, {key if isinstance(key, str) else key.__name__}")
-    modules = dict(model.named_modules())
-    for key in layers:
-        if isinstance(key, str) and key not in modules:
-            near = [name for name in modules if name.rpartition(".")[2] == key.rpartition(".")[2]]
-            raise InvalidMethod(
-                f"substitute_layers: the model has no module '{key}'"
-                + (f"; did you mean {', '.join(map(repr, near[:4]))}?" if near else ".")
-            )
-        if not isinstance(key, str) and not any(type(module) is key for module in modules.values()):
-            warnings.warn(DQAWarning(f"substitute_layers: the model has no {key.__name__}."), stacklevel=3)
-    chosen = {}
-    for name, module in modules.items():
-        method = layers[name] if name in layers else layers.get(type(module))
-        if method is not None:
-            chosen[name] = method
-    if not chosen and any(method is not None for method in layers.values()):
-        raise InvalidMethod("substitute_layers: nothing in the model matches, so nothing would be quantized.")
-    return chosen
+def place(model: GraphModule, method: Method | None, named: Mapping[str, Method | None], example: Any) -> Placement:
+    """Ask the judge about a traced model; changes nothing.
 
+    Args:
+        model: see `trace`.
+        method: of every operation that is not named.
+        named: {site or module: method or None}.
+        example: inputs, for shapes.
 
-def _substitute(name: str, old: nn.Module, method: Method, return_quant_tensor: bool) -> nn.Module:
-    kwargs: dict[str, Any] = {"act_quant": get_act_quant(method), "return_quant_tensor": return_quant_tensor}
-    if isinstance(old, QuantNonLinearActLayer):
-        kwargs["return_quant_tensor"] = return_quant_tensor or old.return_quant_tensor
-        function = old.act_quant.fused_activation_quant_proxy.activation_impl
-        if isinstance(old, qnn.QuantHardTanh):  # a stock one leaves its Hardtanh out
-            injector = old.act_quant.quant_injector
-            function = nn.Hardtanh(injector.min_val, injector.max_val)
-        new = _LAYERS.get(type(function), QuantActivation)(function, **kwargs)
-    elif next(old.parameters(), None) is not None or next(old.children(), None) is not None:
-        raise UnsupportedCombination(
-            f"substitute_layers: '{name}' is a {type(old).__name__}, not an activation. Name the activations inside or "
-            "behind it, or give a Brevitas layer output_quant=get_act_quant(method)."
+    Raises:
+        InvalidMethod: a name is neither a site nor a module.
+        DuplicateSites: two sites have one name.
+    """
+    operations = describe(model, record_shapes(model, example))
+    placement = judge(operations, methods_by_name(method, named), overrides=named)
+    if placement.unmatched:
+        known = sorted({op.path for op in operations if op.how == "module"})
+        raise InvalidMethod(
+            f"quantize_model: {placement.unmatched[0]!r} is no module or site of the model; modules are "
+            f"{', '.join(known[:8])}, ..."
         )
-    else:
-        new = _LAYERS.get(type(old), QuantActivation)(old, **kwargs)
-    for proxy in new.children():
-        if isinstance(proxy, PluginActProxy):
-            proxy.quantizer.name = name
-    return new.train(old.training)
+    return placement
+
+
+def insert(model: GraphModule, placement: Placement, weight_bits: int | None) -> None:
+    """Put Brevitas' layers where the placement says. Changes the model in place.
+
+    Args:
+        model: see `trace`.
+        placement: its.
+        weight_bits: 2 to 8; None leaves weights float.
+
+    Raises:
+        InvalidMethod: another number.
+    """
+    if weight_bits is not None and (isinstance(weight_bits, bool) or weight_bits not in range(2, 9)):
+        raise InvalidMethod(f"weight_bits={weight_bits!r}: an integer from 2 to 8, or None for float.")
+    groups: dict[Group, list[Site]] = {}
+    for site in placement.sites:
+        groups.setdefault(site.group, []).append(site)
+    for index, (group, sites) in enumerate(groups.items()):
+        layer = _activation(model, sites) or _identity(model, sites, group.method)
+        proxy: Any = next(module for module in layer.modules() if isinstance(module, PluginActProxy))
+        proxy.judged_axis = True
+        quantizer, first = proxy.quantizer, sites[0]
+        quantizer.name, quantizer.index, quantizer.producer_axis = first.name, index, first.channel_axis
+    if weight_bits is not None:
+        _quantize_weights(model, placement, weight_bits)
+    model.meta[PLACEMENT] = placement.summary()
+    model.graph.lint()
+    model.recompile()
+
+
+def _activation(model: GraphModule, sites: list[Site]) -> nn.Module | None:
+    """Brevitas' layer in place of the activation module whose result is the only site; None: there is none."""
+    node: Node = sites[0].value.key
+    if len(sites) > 1 or sites[0].readers is not None or node.op != "call_module":
+        return None
+    old = model.get_submodule(str(node.target))
+    called = sum(n.op == "call_module" and model.get_submodule(str(n.target)) is old for n in model.graph.nodes)
+    if type(old) not in LAYERS or called > 1:
+        return None
+    layer = substitute(sites[0].name, old, sites[0].method, return_quant_tensor=False)
+    model.set_submodule(str(node.target), layer)
+    return layer
+
+
+def _identity(model: GraphModule, sites: list[Site], method: Method) -> nn.Module:
+    """A QuantIdentity behind the tensors of the sites."""
+    layer = qnn.QuantIdentity(act_quant=get_act_quant(method)).train(model.training)
+    target = f"quant_{sites[0].name.replace('.', '_')}"
+    while hasattr(model, target):
+        target += "_"
+    model.add_submodule(target, layer)
+    placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
+    for site in sites:
+        node: Node = site.value.key
+        users = list(node.users)
+        if site.readers is not None:
+            reading = {reader.outputs[0].key if reader.outputs else None for reader in site.readers}
+            users = [user for user in users if user in reading]
+        with model.graph.inserting_after(placeholders[-1] if node.op == "placeholder" else node):
+            called = model.graph.call_module(target, (node,))
+        for user in users:
+            user.replace_input_with(node, called)
+    return layer
+
+
+def _quantize_weights(model: GraphModule, placement: Placement, bits: int) -> None:
+    done: set[nn.Module] = set()
+    for pattern in placement.patterns:
+        if pattern.root.how != "module":
+            continue
+        layer = model.get_submodule(pattern.root.path)
+        if type(layer) in _WEIGHTED and layer not in done:
+            done.add(layer)
+            rewriter = ModuleToModuleByInstance(
+                layer, _WEIGHTED[type(layer)], weight_quant=Int8WeightPerChannelFloat, weight_bit_width=bits
+            )
+            rewriter.apply(model)

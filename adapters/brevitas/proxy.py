@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from brevitas import config
 from brevitas.core.scaling import ConstScaling
+from brevitas.nn import QuantIdentity
 from brevitas.nn.quant_layer import QuantNonLinearActLayer, QuantWeightBiasInputOutputLayer
 from brevitas.proxy import ActQuantProxyFromInjector
 from brevitas.quant_tensor import IntQuantTensor, QuantTensor
 from torch import Tensor, nn
 
-from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.errors import ChannelMismatch, ExportFailed, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.quantizer import ActivationQuantizer
 
-from .convert import CommonGrid, common_grid, require_common_grid, why_no_common_grid
 from .fields import activation, resolve_method
-from .naming import channel_axis_of, name_from_callers, site_of, started_without_axis
+from .grid import CommonGrid, common_grid, require_common_grid, why_no_common_grid
+from .names import channel_axis_of, name_from_callers, site_of, started_without_axis
 
 
 class _NoStockScale(nn.Module):
@@ -39,6 +40,28 @@ class _NoStockScale(nn.Module):
         self.scaling_impl = ConstScaling(1.0)
         self.int_scaling_impl = nn.Identity()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Called by QuantLSTM(coupled_input_forget_gates=True), which quantizes a one by the quantizer of its input gate.
+
+        Raises:
+            UnsupportedCombination: always.
+        """
+        raise UnsupportedCombination(
+            "QuantLSTM(coupled_input_forget_gates=True) needs a stock sigmoid_quant: give it one, or leave the gates "
+            "uncoupled."
+        )
+
+
+class _NoScale:
+    """The scale of a quantizer without an integer grid: a typed error once Brevitas makes a QuantTensor with it."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __float__(self) -> float:
+        require_common_grid(self.quantizer.method, self.quantizer.label)
+        return float("nan")
+
 
 class _Fused(nn.Module):
     """Activation function and quantizer, under the names of Brevitas' FusedActivationQuantProxy.
@@ -46,10 +69,25 @@ class _Fused(nn.Module):
     Not a ScriptModule, so BREVITAS_JIT=1 scripts the stock quantizers and leaves ours in Python.
     """
 
-    def __init__(self, activation_impl: nn.Module) -> None:
+    proxy: PluginActProxy
+
+    def __init__(self, activation_impl: nn.Module, proxy: PluginActProxy) -> None:
         super().__init__()
         self.activation_impl = activation_impl
         self.tensor_quant = _NoStockScale()
+        self.__dict__["proxy"] = proxy  # which owns this module: not a submodule of it
+
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
+        """(value, scale, zero point, bit width), as the cells of QuantRNN and QuantLSTM call it."""
+        y = self.proxy(x)
+        if isinstance(y, QuantTensor):
+            return y.value, y.scale, y.zero_point, y.bit_width
+        quantizer = self.proxy.quantizer
+        if quantizer.state != "frozen":
+            return y, None, None, None
+        if why_no_common_grid(quantizer.method) is None:
+            return y, *common_grid(quantizer)[:3]
+        return y, _NoScale(quantizer), None, None
 
 
 class PluginActProxy(ActQuantProxyFromInjector):
@@ -63,6 +101,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
     _fresh = False  # no batch seen since calibration_mode was entered
     _pending = False  # calibration_mode was entered and not yet left
     _order: list[ActivationQuantizer] | None = None  # given while the order of execution is found (see `predict`)
+    judged_axis = False  # the quantizer's channel axis is known from the graph (see `place`)
     _handled = 0  # identity of the exception being handled when it was entered
 
     # ------------------------------------------------------------ construction
@@ -73,7 +112,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
         layer = self.tracked_module_list[-1]
         if "quantizer" not in self._modules:
             method = resolve_method(self.quant_injector, layer)
-            self.fused_activation_quant_proxy = _Fused(activation(self.quant_injector))
+            self.fused_activation_quant_proxy = _Fused(activation(self.quant_injector), self)
             self.quantizer = ActivationQuantizer(method)
         if isinstance(layer, QuantNonLinearActLayer) and layer.return_quant_tensor:
             require_common_grid(self.quantizer.method, self._label(layer))
@@ -164,7 +203,16 @@ class PluginActProxy(ActQuantProxyFromInjector):
             if self.quantizer not in self._order:
                 self._order.append(self.quantizer)
             return x
-        return self.quantizer(x)
+        try:
+            return self.quantizer(x)
+        except ChannelMismatch as error:
+            if self.quantizer.calibration.count == 0:
+                raise
+            raise ChannelMismatch(
+                f"{error} Where one activation module stands behind several layers, as in bottleneck ResNets, give "
+                "each a module of its own first: brevitas.graph.standardize.DuplicateSharedStatelessModule()"
+                ".apply(torch.fx.symbolic_trace(model))."
+            ) from error
 
     def _start_over(self) -> None:
         old = self.quantizer
@@ -178,7 +226,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
     def _learn_site(self, axis: int | None) -> None:
         if not self.quantizer.name:
             self.quantizer.name = name_from_callers(self)
-        if axis is not None:
+        if axis is not None and not self.judged_axis:
             self.quantizer.producer_axis = axis
 
     # ------------------------------------------------------------ forward
@@ -220,6 +268,8 @@ class PluginActProxy(ActQuantProxyFromInjector):
         method = self.quantizer.method
         for layer in self.tracked_module_list:
             required = layer.return_quant_tensor
+            if type(layer) is QuantIdentity and why_no_common_grid(method) is None:
+                return True  # recurrent layers call the proxy of one for the scale of their bias; others unpack it
             if isinstance(layer, QuantWeightBiasInputOutputLayer) and layer.input_quant is self:
                 # the scale of its bias and of its output follow from that of its input
                 bias = layer.bias is not None and layer.bias_quant.is_quant_enabled
@@ -262,7 +312,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
         if config.IGNORE_MISSING_KEYS and not any(key.startswith(own) for key in state_dict):
             # a float module's state_dict, loaded by a Brevitas rewriter: keep what is here
             state_dict.update({own + key: value for key, value in self.quantizer.state_dict().items()})
-        if not self.quantizer.name:
+        elif not self.quantizer.name:  # the prefix of a rewriter begins at the layer: no name
             site = site_of(prefix.removesuffix("."))
             self.quantizer.name = "" if site == "input_quant" else site
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -20,9 +20,9 @@ from dqa_plugins.errors import DQAWarning
 from dqa_plugins.graph.fx import TensorFacts, describe, follow_in_place
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import Operation
+from dqa_plugins.graph.record import record_shapes
 from dqa_plugins.host.convert import link_reader
 from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
-from dqa_plugins.host.record import record_shapes
 from dqa_plugins.host.skip import resolve_skip
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp.edges import prepare_graph

@@ -5,8 +5,8 @@
 
     register()   # then nncf.quantize(..., QuantizationParameters(num_bits=4, mode="dqa"))
 
-NNCF decides which tensors are quantized, `place` gives each of them one ActivationQuantizer and its site name. Nothing
-of NNCF is patched unless `register` is called (see `hooks`).
+The judge decides which tensors are quantized, as in the other rooms (see `place`), NNCF which weights are. Nothing of
+NNCF is patched unless `register` is called (see `hooks`).
 
 Save and load with NNCF's own functions: `nncf.torch.get_config(model)` and `model.state_dict()`, then
 `nncf.torch.load_from_config(float_model, config, allowed_modules=ALLOWED_MODULES)`; or `save` and `load`, which write
@@ -20,12 +20,12 @@ try:
 except ImportError as error:
     raise missing("nncf", "nncf", "the NNCF adapter") from error
 
-from .version import check_framework
+from .host import check_framework
 
 check_framework()
 
 from .config import InvalidConfig  # noqa: E402 - the check comes before anything that stands on NNCF's internals
-from .convert import quantize  # noqa: E402
+from .convert import quantize, quantize_model  # noqa: E402
 from .hooks import register, unregister  # noqa: E402
 from .observer import NNCFQuantizer  # noqa: E402
 from .saving import ALLOWED_MODULES, load, save  # noqa: E402
@@ -38,6 +38,7 @@ __all__ = [
     "bake_weights",
     "load",
     "quantize",
+    "quantize_model",
     "register",
     "save",
     "unregister",

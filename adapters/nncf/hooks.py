@@ -8,7 +8,6 @@ goes through unchanged.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +15,13 @@ from typing import Any
 from nncf.quantization.algorithms.min_max.algorithm import MinMaxQuantization
 
 from dqa_plugins.errors import FrameworkMismatch, InvalidMethod, UnsupportedCombination
+from dqa_plugins.host import hooks
+from dqa_plugins.host.hooks import MARK, Hook
 from dqa_plugins.methods import METHODS, Method, check_method
 
+from .algorithm import ActivationQuantization, Plan
 from .config import check
-from .convert import ActivationQuantization, Plan
-from .version import check_framework
-
-MARK = "__dqa_plugins_original__"
-_MODULE = "nncf.quantization.algorithms.post_training.algorithm"
+from .host import PIPELINE, POST_TRAINING, check_framework, this_host
 
 
 def register() -> None:
@@ -35,16 +33,16 @@ def register() -> None:
         FrameworkMismatch: another version of NNCF, or somebody else replaced the function.
     """
     check_framework()
-    module = importlib.import_module(_MODULE)
-    if not hasattr(module.create_ptq_pipeline, MARK):
-        module.create_ptq_pipeline = _wrap(module.create_ptq_pipeline)  # type: ignore[attr-defined]
+    module = importlib.import_module(POST_TRAINING)
+    hooks.install([Hook(module, "create_ptq_pipeline", PIPELINE, _wrap)], this_host(), strict=True)
 
 
 def unregister() -> None:
     """Undo `register`."""
-    module = importlib.import_module(_MODULE)
+    module = importlib.import_module(POST_TRAINING)
     current: Any = module.create_ptq_pipeline
-    module.create_ptq_pipeline = getattr(current, MARK, current)  # type: ignore[attr-defined]
+    if getattr(current, MARK, False):
+        module.create_ptq_pipeline = current.__wrapped__  # type: ignore[attr-defined]
 
 
 def is_ours(parameters: Any) -> bool:
@@ -76,7 +74,6 @@ def method_of(parameters: Any) -> Method:
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def create_ptq_pipeline(*args: Any, **kwargs: Any) -> Any:
         advanced = kwargs.get("advanced_parameters")
         if args or advanced is None or not is_ours(advanced.activations_quantization_params):
@@ -95,7 +92,6 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             raise FrameworkMismatch(f"NNCF's pipeline has {sum(replaced)} MinMaxQuantization steps; one was expected.")
         return pipeline
 
-    setattr(create_ptq_pipeline, MARK, original)
     return create_ptq_pipeline
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 from nncf.torch import get_config, load_from_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,6 +22,7 @@ from .forward import keep_eager
 ALLOWED_MODULES: Any = ("nncf.*", "dqa_plugins.adapters.nncf.*")
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
+METADATA = "state_dict_metadata"  # key in the header of the tensors' file
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -36,7 +39,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     # a quantizer that several tensors share is in the state_dict under each hook: safetensors refuses shared memory
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     config = json.dumps(get_config(model), indent=1)
-    for name, write in ((TENSORS, lambda p: save_file(state, p)), (CONFIG, lambda p: p.write_text(config))):
+    # torch's layers find the version of their state_dict there: MNASNet refuses one without
+    metadata = {METADATA: json.dumps(getattr(model.state_dict(), "_metadata", {}))}
+    for name, write in ((TENSORS, lambda p: save_file(state, p, metadata)), (CONFIG, lambda p: p.write_text(config))):
         partial = folder / f"{name}.part"
         write(partial)
         os.replace(partial, folder / name)
@@ -59,7 +64,11 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     folder = Path(folder)
     config = json.loads((folder / CONFIG).read_text())
-    state = load_file(folder / TENSORS)
+    state = OrderedDict(load_file(folder / TENSORS))
+    with safe_open(folder / TENSORS, "pt") as file:
+        metadata = (file.metadata() or {}).get(METADATA)
+    if metadata is not None:
+        state._metadata = json.loads(metadata)  # type: ignore[attr-defined]
     loaded: nn.Module = load_from_config(model, config, allowed_modules=ALLOWED_MODULES)
     try:
         loaded.load_state_dict(state)

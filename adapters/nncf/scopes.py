@@ -12,12 +12,11 @@ import re
 from collections.abc import Callable, Iterable
 
 from nncf.common.graph.graph import NNCFGraph
-from nncf.common.quantization.quantizer_propagation.structs import QuantizationTrait
-from nncf.torch.quantization.default_quantization import DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT
 from torch import nn
 
+from dqa_plugins.graph.operations import facts
+
 from .config import Entry, InvalidConfig
-from .naming import CONST
 
 PATTERN = "{re}"
 
@@ -94,12 +93,11 @@ def ignored_operations(entry: Entry, graph: NNCFGraph, model: nn.Module, enclosi
     ignored |= layers_to_skip(entry.skip, model, enclosing)
     if entry.target:
         wanted = operations_of(entry.target, "compression.target_scopes", enclosing)
-        # only operations that NNCF quantizes for their own sake: an ignored max-pool would stop the quantizer of the
-        # convolution behind it from moving up to the ReLU
-        quantizable = DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT[QuantizationTrait.INPUTS_QUANTIZABLE]
+        # not what only moves values: an ignored max-pool would stop the quantizer of the convolution behind it from
+        # moving up to the ReLU
         ignored |= {
             node.node_name
             for node in graph.get_all_nodes()
-            if node.node_type != CONST and node.metatype in quantizable and node.node_name not in wanted
+            if node.node_name in enclosing and node.node_name not in wanted and facts(node.node_type).kind != "moves"
         }
     return sorted(ignored)

@@ -61,19 +61,21 @@ def fake_quantize(weight: Tensor, low: Tensor, span: Tensor, steps: Tensor) -> T
 class _Exportable:
     """Mixed into a BaseQuantizer: NNCF's kernel in training and tracing, plain torch otherwise."""
 
-    weight_name = ""  # the parameter it quantizes
+    weight_names: tuple[str, ...] = ()  # the parameters it quantizes: one, or several that share a scale
 
     def get_config(self: Any) -> dict[str, Any]:
-        """NNCF's own entry, and the weight's name; plain JSON, where NNCF leaves an enum (which is a pickle)."""
+        """NNCF's own entry, and the weights' names; plain JSON, where NNCF leaves an enum (which is a pickle)."""
         entry: dict[str, Any] = super().get_config()  # type: ignore[misc]
         mode, shape = QuantizationScheme(entry["mode"]).value, list(entry["scale_shape"])
-        return {**entry, "mode": mode, "scale_shape": shape, "weight_name": self.weight_name}
+        names = self.weight_names
+        return {**entry, "mode": mode, "scale_shape": shape, "weight_name": names[0] if len(names) == 1 else names}
 
     @classmethod
     def from_config(cls: Any, state: dict[str, Any]) -> Any:
         """Inverse of `get_config`."""
         quantizer = super().from_config(state)  # type: ignore[misc]
-        quantizer.weight_name = state["weight_name"]
+        names = state["weight_name"]
+        quantizer.weight_names = (names,) if isinstance(names, str) else tuple(names)
         return quantizer
 
     def _forward_impl(self: Any, x: Tensor) -> Tensor:
@@ -126,21 +128,33 @@ class WeightBackend(PTMinMaxAlgoBackend):
         nncf_graph: NNCFGraph, target_point: PTTargetPoint, quantizer_config: QuantizerConfig, parameters: Any
     ) -> PT2InsertionCommand:
         """The command that hooks a weight quantizer in front of its operation."""
-        shape = PTMinMaxAlgoBackend._get_input_scale_shape(nncf_graph, target_point, quantizer_config.per_channel)
-        spec = PTQuantizerSpec.from_config(
-            quantizer_config,
-            narrow_range=quantizer_config.narrow_range,
-            scale_shape=shape,
-            half_range=False,
-            logarithm_scale=False,
-            is_quantized_on_export=False,
-        )
-        quantizer = _MODULES[QuantizationScheme(quantizer_config.mode)](spec)
-        PTMinMaxAlgoBackend._fill_quantizer_parameters(quantizer, parameters, spec.scale_shape)
-        node = nncf_graph.get_node_by_name(target_point.target_node_name)
-        const = get_const_node(node, target_point.input_port_id, nncf_graph)
-        quantizer.weight_name = const.layer_attributes.name if const is not None else ""
-        return PT2InsertionCommand(target_points=[target_point], hook_module=quantizer)
+        return _command(nncf_graph, [target_point], quantizer_config, parameters)
+
+    @staticmethod
+    def create_unified_scales_quantizers_insertion_commands(
+        nncf_graph: NNCFGraph, target_points: list[PTTargetPoint], quantizer_config: QuantizerConfig, parameters: Any
+    ) -> list[PT2InsertionCommand]:
+        """The command that hooks one quantizer in front of the operations of several weights."""
+        return [_command(nncf_graph, target_points, quantizer_config, parameters)]
+
+
+def _command(
+    graph: NNCFGraph, points: list[PTTargetPoint], config: QuantizerConfig, parameters: Any
+) -> PT2InsertionCommand:
+    shape = PTMinMaxAlgoBackend._get_input_scale_shape(graph, points[0], config.per_channel)
+    spec = PTQuantizerSpec.from_config(
+        config,
+        narrow_range=config.narrow_range,
+        scale_shape=shape,
+        half_range=False,
+        logarithm_scale=False,
+        is_quantized_on_export=False,
+    )
+    quantizer = _MODULES[QuantizationScheme(config.mode)](spec)
+    PTMinMaxAlgoBackend._fill_quantizer_parameters(quantizer, parameters, spec.scale_shape)
+    nodes = [get_const_node(graph.get_node_by_name(p.target_node_name), p.input_port_id, graph) for p in points]
+    quantizer.weight_names = tuple("" if node is None else node.layer_attributes.name for node in nodes)
+    return PT2InsertionCommand(target_points=points, hook_module=quantizer)
 
 
 @torch.no_grad()
@@ -163,33 +177,32 @@ def bake_weights(model: nn.Module, example_input: Any = None, *, do_copy: bool =
     storage = get_hook_storage(model)
     graph = None if example_input is None else build_nncf_graph(model, example_input)
     found: dict[str, list[tuple[str, BaseQuantizer]]] = {}
-    for hook, module in storage.named_hooks():
+    for hook, module in storage.named_hooks(remove_duplicate=False):
         if isinstance(module, BaseQuantizer):
-            name = _weight_name(hook, module, model, graph)
-            if name is not None:
+            for name in _weight_names(hook, module, model, graph):
                 found.setdefault(name, []).append((hook, module))
     values = {name: _baked(name, [module for _, module in hooks], model) for name, hooks in found.items()}
-    for name, hooks in found.items():  # nothing is changed before everything was found
+    for name in found:  # nothing is changed before everything was found
         model.get_parameter(name).data = values[name]
-        for hook, _ in hooks:
-            storage.delete_hook(hook)
+    for hook in {hook for hooks in found.values() for hook, _ in hooks}:
+        storage.delete_hook(hook)
     return model
 
 
-def _weight_name(hook: str, module: Any, model: nn.Module, graph: NNCFGraph | None) -> str | None:
-    """The parameter that a quantizer is hooked to, None for stock quantizers of activations."""
+def _weight_names(hook: str, module: Any, model: nn.Module, graph: NNCFGraph | None) -> tuple[str, ...]:
+    """The parameters that a quantizer is hooked to, none for stock quantizers of activations."""
     if isinstance(module, _Exportable):
-        return module.weight_name
+        return module.weight_names
     if graph is None:
         raise ExportFailed(
             f"{hook!r} is a stock NNCF quantizer, which does not know its weight; give bake_weights an example_input."
         )
     kind, operation, port = decode_hook_name(hook)
     if kind == "post_hooks":  # an activation, or a parameter (NNCF's weight compression)
-        return operation if operation in dict(model.named_parameters()) else None
+        return (operation,) if operation in dict(model.named_parameters()) else ()
     edge = graph.get_input_edge_by_port_id(graph.get_node_by_name(operation), port)
     const: Any = find_const_node_in_constant_subgraph(edge.from_node, graph)
-    return None if const is None else str(const.layer_attributes.name)
+    return () if const is None else (str(const.layer_attributes.name),)
 
 
 def _baked(name: str, modules: list[BaseQuantizer], model: nn.Module) -> Tensor:

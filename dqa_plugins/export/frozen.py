@@ -29,6 +29,7 @@ class FrozenPredictor(nn.Module):
         for name in ("weight", "bias", "logarithmic", "low", "high", "rate", "centres", "bumps"):
             self.register_buffer(name, getattr(predictor, name))
         self.mode, self.groups = predictor.mode, predictor.groups
+        self.own, self.summary = predictor.own, predictor.summary  # graphs call them by these names
 
     def forward(self, features: Tensor, *summaries: Tensor) -> Tensor:
         """As `Predictor.forward`."""

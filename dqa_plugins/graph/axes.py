@@ -21,6 +21,7 @@ from .operations import Operation, Value, facts
 
 DEFAULT = 1
 NOTHING_TELLS = "nothing that makes or reads it tells its channels: axis 1 is taken"
+ON_SAMPLES = "its channels are on axis 0, where a quantizer has its samples: the last axis is taken"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def channel_axes(operations: Sequence[Operation], constants: Iterable[Value] = (
             axis = made.get(value)
             if axis is None:
                 found[value] = Axis(DEFAULT, NOTHING_TELLS, told=False)
+            elif axis == 0:
+                found[value] = Axis(-1, ON_SAMPLES, told=False)
             elif operation.kind == "input" or (value in read and operation.facts.channels in ("", "moved")):
                 found[value] = Axis(axis, f"read by {_reader(value, ignored)}")
             else:
@@ -86,11 +89,21 @@ def _forward(
     """What each operation says of its results; where it says nothing, what their readers said."""
     for operation in operations:
         for value in operation.outputs:
-            axis = _made(operation, value, made, ignored)
+            axis = made_axis(operation, value, made, ignored)
             made[value] = read.get(value) if axis is None else axis
 
 
-def _made(op: Operation, value: Value, made: dict[Value, int | None], ignored: frozenset[Value]) -> int | None:
+def made_axis(
+    op: Operation, value: Value, made: dict[Value, int | None], ignored: frozenset[Value] = frozenset()
+) -> int | None:
+    """The channel axis that an operation gives its result; None: it says nothing.
+
+    Args:
+        op: with shapes.
+        value: one of its results.
+        made: the axes of what it reads.
+        ignored: values that are no activations.
+    """
     channels = op.facts.channels if op.how not in ("input", "parameter", "output") else ""
     if channels == "1":
         return 1

@@ -33,6 +33,8 @@ def operation_name(node: Node, model: nn.Module) -> str:
     """Class name of a module call, name of a function, method or operator, "" for inputs and the like."""
     if node.op == "call_module":
         return type(model.get_submodule(str(node.target))).__name__
+    if node.target is getattr:
+        return str(node.args[1])
     if node.op == "call_function":
         packet = getattr(node.target, "overloadpacket", node.target)
         return str(getattr(packet, "__name__", packet))
@@ -189,6 +191,8 @@ def sources(node: Node) -> list[Node]:
 def _op(node: Node, model: nn.Module) -> str:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
+        if hasattr(module, "fake_quantize") or hasattr(module, "quantizer"):
+            return "Identity"  # a quantizer, or an observer that holds one, leaves channels where they are
         layer = getattr(module, "_modules", {}).get("0")
         if isinstance(module, nn.Sequential) and layer is not None and type(module) is not nn.Sequential:
             return type(layer).__name__  # fused: ConvReLU2d, LinearReLU

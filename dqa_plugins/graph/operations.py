@@ -140,6 +140,13 @@ def canonical(op: str) -> str:
     return _SPELLINGS.get(name, name)
 
 
+def function_name(function: Any, fallback: str = "") -> str:
+    """The name of a function of torch; that of the attribute for what reads one, such as `x.T`."""
+    name = str(getattr(function, "__name__", fallback))
+    owner = getattr(function, "__self__", None)
+    return str(getattr(owner, "__name__", name)) if name == "__get__" else name
+
+
 def facts(op: str) -> Facts:
     """The table's entry of an operation, in any spelling."""
     return OPERATIONS.get(canonical(op), _OTHER)

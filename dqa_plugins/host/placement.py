@@ -14,7 +14,7 @@ own quantizers where the `Placement` says. The judge knows no host and changes n
 What a room must describe
 - inputs, parameters and constants read by functions, every call of a leaf module or function, and the model's output
   as an operation with how="output": a value that only the output reads is read;
-- `shape` and `floating` of values, where the host knows them or a run showed them (`host.record`);
+- `shape` and `floating` of values, where the host knows them or a run showed them (`graph.record`);
 - `writes` of in-place operations; axes of transposes and reductions in `arguments` and `keywords`;
 - `quantized=True` for values that the host quantizes itself.
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedInput
+from dqa_plugins.graph.operations import Operation
 from dqa_plugins.methods import Method, check_method
+
+from .skip import within
 
 Inputs = Callable[[Any], Any] | None
 
@@ -78,3 +81,17 @@ def split_methods(
         return check_method(method, "quantize_model"), {}
     named = {name: None if m is None else check_method(m, f"quantize_model, {name!r}") for name, m in method.items()}
     return named.pop("", None), named
+
+
+def methods_by_name(
+    everywhere: Method | None, named: Mapping[str, Method | None]
+) -> Callable[[Operation], Method | None]:
+    """The method of an operation: that of the innermost module around it that is named, else that for all."""
+
+    def method_of(operation: Operation) -> Method | None:
+        if operation.how in ("input", "parameter", "output"):
+            return None
+        names = [name for name in named if within(operation.path, (name,))]
+        return named[max(names, key=len)] if names else everywhere
+
+    return method_of

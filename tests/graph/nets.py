@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dqa_plugins.graph.fx import describe, follow_in_place
 from dqa_plugins.graph.operations import Operation
-from dqa_plugins.host.record import record_shapes
+from dqa_plugins.graph.record import record_shapes
 
 
 class Attention(nn.Module):

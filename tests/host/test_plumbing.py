@@ -14,10 +14,10 @@ from torch.fx import symbolic_trace
 
 from dqa_plugins import DQA
 from dqa_plugins.errors import DQAWarning, FrameworkMismatch, InvalidMethod, UnsupportedInput
+from dqa_plugins.graph.record import record_shapes, untouched
 from dqa_plugins.host import hooks
 from dqa_plugins.host.hooks import Hook, Host
 from dqa_plugins.host.quantize import as_call, example_of, split_methods
-from dqa_plugins.host.record import record_shapes, untouched
 from dqa_plugins.host.skip import check_skip, resolve_skip, within
 
 HOST = Host("framework", "1.4.2", tested="1.4.0", room="Some", otherwise="use another")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dqa_plugins import ActivationQuantizer
 from dqa_plugins.export.compare import Comparison
-from dqa_plugins.qpp import connect
+from dqa_plugins.qpp import connect, fit
 from tests.matrix.rooms import METHODS, ROOMS, SITES, SOURCES, batches, methods, net, sites
 
 BACKENDS = ("onnxruntime", "openvino", "torch.export", "torch.compile")
@@ -65,6 +65,7 @@ def reference(source: str, method: str) -> ActivationQuantizer:
     quantizer = ActivationQuantizer(methods(source)[SITES[method]], name=SITES[method])
     connect([quantizer])  # predicted: it reads itself, as in the networks
     quantizer(float_activations()[SITES[method]])
+    fit(quantizer)
     return quantizer.freeze()
 
 

@@ -25,22 +25,15 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ...errors import InvalidMethod, UncalibratedQuantizer
+from ...graph.fx import TensorFacts, operation_name
+from ...graph.record import record_shapes
 from ...methods import Method, check_method
 from ...quantizer import ActivationQuantizer
 from ..format.codebook import check_coding
 from ..format.errors import NothingToStore, NotPackable
 from ..tables import build_codebook
 from .edges import Edge, LateRead, late_reads
-from .facts import (
-    add_module,
-    operation_name,
-    producer_axis,
-    quantized_source,
-    quantizer_of,
-    record_shapes,
-    site_names,
-    trace,
-)
+from .facts import add_module, producer_axes, quantized_source, quantizer_of, site_names, trace
 from .memory import follow_in_place, read_sizes_early
 from .sites import Pack, StoredSite, Unpack
 from .subsampling import Subsampling, read_subsample, subsampled, subsampling
@@ -78,11 +71,12 @@ def prepare_stored(
     follow_in_place(traced)
     read_sizes_early(traced)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    floats = {name for name, (_, dtype) in _shapes(traced, inputs).items() if dtype.is_floating_point}
-    names = site_names(traced)
-    late = late_reads(traced, min_lifetime, lambda node: node.name in floats and names[node] not in skip)
+    seen, names = _shapes(traced, inputs), site_names(traced)
+    floats = {node for node, found in seen.items() if found.dtype is not None and found.dtype.is_floating_point}
+    axes = producer_axes(traced, seen)
+    late = late_reads(traced, min_lifetime, lambda node: node in floats and names[node] not in skip)
     for node, reads in late.items():
-        _store(traced, node, reads, method, names[node])
+        _store(traced, node, reads, method, names[node], axes.get(node, 1))
     if not stored_edges(traced):
         raise NothingToStore(
             f"{type(model).__name__} has no floating-point value that is read again after {min_lifetime} or more "
@@ -94,7 +88,7 @@ def prepare_stored(
     return traced
 
 
-def _store(model: GraphModule, node: Node, reads: list[LateRead], method: Method, name: str) -> None:
+def _store(model: GraphModule, node: Node, reads: list[LateRead], method: Method, name: str, axis: int) -> None:
     """Put a site behind `node`, and let the late readers read it.
 
     Readers that subsample, and readers behind an operation that changes the value in place, get a site of their own.
@@ -114,7 +108,7 @@ def _store(model: GraphModule, node: Node, reads: list[LateRead], method: Method
     for number, ((final, _), (how, group)) in enumerate(groups.items()):
         wanted = existing.name or name if existing is not None and origin is node else name
         site_name = _free_name(model, f"{wanted}.{number}" if number else wanted, own=existing is None)
-        quantizer = existing or ActivationQuantizer(method, name=site_name, producer_axis=producer_axis(node, model))
+        quantizer = existing or ActivationQuantizer(method, name=site_name, producer_axis=axis)
         edge = Edge(
             name=site_name,
             shape=(),
@@ -173,26 +167,22 @@ class _First(nn.Module):
         return x
 
 
-@torch.no_grad()
-def _shapes(model: GraphModule, inputs: tuple[Any, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor by its node's name, found on a copy: statistics stay untouched."""
+def _shapes(model: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, TensorFacts]:
+    """Shape and dtype of every tensor, found on a copy whose sites store nothing."""
     twin = copy.deepcopy(model)
-    for module in twin.modules():  # not eval(), which exported models refuse
-        module.training = False
     for target, module in list(twin.named_children()):
         if isinstance(module, StoredSite):
             setattr(twin, target, _First())
-    return {node.name: found for node, found in record_shapes(twin, inputs).items()}
+    seen = {node.name: found for node, found in record_shapes(twin, inputs).items()}
+    return {node: seen[node.name] for node in model.graph.nodes if node.name in seen}
 
 
 def _describe(model: GraphModule, inputs: tuple[Any, ...]) -> None:
     """Write shape and dtype of every site into its edge."""
-    found = _shapes(model, inputs)
-    for node in model.graph.nodes:
+    for node, found in _shapes(model, inputs).items():
         site = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(site, StoredSite) and node.name in found:
-            shape, dtype = found[node.name]
-            site.edge = replace(site.edge, shape=shape, dtype=dtype)
+        if isinstance(site, StoredSite) and found.shape is not None and found.dtype is not None:
+            site.edge = replace(site.edge, shape=found.shape, dtype=found.dtype)
 
 
 def stored_edges(model: nn.Module) -> list[Edge]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from .facts import VIEWS, computes, operation_name, quantizer_of
+from ...graph.fx import operation_name
+from .facts import VIEWS, computes, quantizer_of
 from .memory import Memory
 
 

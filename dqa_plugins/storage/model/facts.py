@@ -1,4 +1,4 @@
-"""Facts about a traced network: its operations, layers, quantizers, channel axes and site names."""
+"""What storage asks of a traced network beyond `graph`: layers, quantizers, axes and names of its nodes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node, Proxy, Tracer
+from torch import nn
+from torch.fx import GraphModule, Node, Proxy, Tracer
 
+from ...graph.axes import channel_axes
+from ...graph.fx import TensorFacts, describe, name_sites, operation_name
+from ...graph.operations import facts
 from ...quantizer import ActivationQuantizer
-from ...sites import ELEMENTWISE, PRESERVING, SiteNames, default_channel_axis
 from ..format.errors import TraceFailed
 
 SITE = "dqa_site"  # key in Node.meta where the adapters keep a node's site name
@@ -86,16 +87,6 @@ def add_module(model: GraphModule, name: str, module: nn.Module) -> str:
     return target
 
 
-def operation_name(node: Node, model: GraphModule) -> str:
-    """Class name of a module call, name of a function or method, "" for inputs and the like."""
-    if node.op == "call_module":
-        return type(model.get_submodule(str(node.target))).__name__
-    if node.op == "call_function":
-        packet = getattr(node.target, "overloadpacket", node.target)
-        return str(getattr(packet, "__name__", packet))
-    return str(node.target) if node.op == "call_method" else ""
-
-
 def computes(node: Node, model: GraphModule) -> bool:
     """Whether a node is a layer that takes time and memory: convolution, linear, attention, matmul."""
     if node.op == "call_module":  # fused layers hold theirs inside
@@ -113,57 +104,21 @@ def quantizer_of(node: Node, model: GraphModule) -> ActivationQuantizer | None:
     return found if isinstance(found, ActivationQuantizer) else None
 
 
-def producer_axis(node: Node, model: GraphModule) -> int:
-    """Channel axis of the value of a node, found at the layer before it."""
-    for _ in range(10_000):
-        name = operation_name(node, model)
-        if default_channel_axis(name) == -1:
-            return -1
-        if (name not in ELEMENTWISE and "Quantizer" not in name and "Observer" not in name) or not node.all_input_nodes:
-            return 1
-        node = node.all_input_nodes[0]
-    return 1
-
-
 def site_names(model: GraphModule) -> dict[Node, str]:
-    """Site name of every node: as the adapters wrote it, or by the same rules."""
-    names = SiteNames()
+    """Site name of every node: as the adapters wrote it, or by the same rules; a quantizer's is that of its tensor."""
     found: dict[Node, str] = {}
+    named = name_sites(model.graph, model)
     for node in model.graph.nodes:
-        stack: Any = node.meta.get("nn_module_stack") or {}
-        enclosing = next(reversed(stack.values()))[0] if stack else ""
-        if node.op == "call_module":
-            own = names.module(str(node.target))
-            if quantizer_of(node, model) is not None and node.all_input_nodes:
-                own = found.get(node.all_input_nodes[0], own)
-        elif node.op in ("call_function", "call_method"):
-            own = names.operation(enclosing, operation_name(node, model))
-        else:
-            own = node.name
+        own = named.get(node, node.name)
+        if quantizer_of(node, model) is not None and node.all_input_nodes:
+            own = found.get(node.all_input_nodes[0], own)
         found[node] = str(node.meta.get(SITE, own))
     return found
 
 
-class _ShapeRecorder(Interpreter):
-    """Runs the graph once and notes shape and dtype of every tensor."""
-
-    def __init__(self, model: GraphModule) -> None:
-        super().__init__(model)
-        self.found: dict[Node, tuple[tuple[int, ...], torch.dtype]] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.found[n] = (tuple(value.shape), value.dtype)
-        return value
-
-
-@torch.no_grad()
-def record_shapes(model: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor for these inputs, without a trace in statistics: run on a copy by the caller."""
-    recorder = _ShapeRecorder(model)
-    recorder.run(*inputs)
-    return recorder.found
+def producer_axes(model: GraphModule, seen: dict[Node, TensorFacts]) -> dict[Node, int]:
+    """The channel axis of every value. seen: what each node gave when the model ran."""
+    return {value.key: axis.axis for value, axis in channel_axes(describe(model, seen)).items()}
 
 
 def quantized_source(node: Node, model: GraphModule) -> tuple[Node | None, bool]:
@@ -175,7 +130,7 @@ def quantized_source(node: Node, model: GraphModule) -> tuple[Node | None, bool]
     same = True
     while quantizer_of(node, model) is None:
         name = operation_name(node, model)
-        if name not in PRESERVING | _SAME_CODES or not node.all_input_nodes:
+        if (facts(name).kind != "moves" and name not in _SAME_CODES) or not node.all_input_nodes:
             return None, False
         same = same and name in _SAME_CODES
         node = node.all_input_nodes[0]

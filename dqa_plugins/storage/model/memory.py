@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .facts import IN_PLACE_OPERATORS, VIEWS, operation_name, quantizer_of
+from ...graph.fx import operation_name
+from .facts import IN_PLACE_OPERATORS, VIEWS, quantizer_of
 
 # The result may share memory with the input: always, or where there is nothing to do (a dropout in eval mode).
 _MAY_ALIAS = VIEWS | frozenset(

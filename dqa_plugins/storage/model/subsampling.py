@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .facts import add_module, operation_name
+from ...graph.fx import operation_name
+from .facts import add_module
 
 _STRIDE, _PADDING = 3, 4  # arguments of aten.conv2d
 

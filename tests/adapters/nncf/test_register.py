@@ -94,7 +94,7 @@ def test_other_parameters_of_nncf_still_count() -> None:
             weights_quantization_params=weights,
         ),
     )
-    assert site_list(model) == ["input.0", "relu1", "bn2", "relu2", "fc"]
+    assert site_list(model) == ["input.0", "relu1", "bn2", "relu2"], "an ignored operation is float, its output too"
     kinds = {type(m).__name__ for _, m in nncf.torch.function_hook.get_hook_storage(model).named_hooks()}
     assert kinds == {"NNCFQuantizer", "AsymmetricWeight"}
 
@@ -113,7 +113,7 @@ def test_transformer_with_smooth_quant() -> None:
     )
     hooks = {type(m).__name__ for _, m in nncf.torch.function_hook.get_hook_storage(model).named_hooks()}
     assert "SQMultiply" in hooks
-    assert set(site_list(model)) <= {"input.0", "norm", "gelu.0", "fc2", "add.0", "mean.0"}
+    assert set(site_list(model)) <= {"input.0", "norm", "fc1", "gelu.0", "fc2", "add.0", "mean.0"}
     assert model(batches("tokens")[0]).isfinite().all()
 
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_is_said(parameters: Any, advanced: Any, error: type[Exce
 
 def test_another_version_of_nncf_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nncf, "__version__", "3.9.1")
-    with pytest.raises(FrameworkMismatch, match=r"NNCF 3\.4; found NNCF 3\.9\.1"):
+    with pytest.raises(FrameworkMismatch, match=r"nncf 3\.4\.0; found 3\.9\.1.*pip install"):
         register()
 
 

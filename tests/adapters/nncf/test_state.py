@@ -15,7 +15,7 @@ import torch
 from nncf.torch import get_config, load_from_config
 
 from dqa_plugins import ActivationQuantizer, iter_quantizers
-from dqa_plugins.adapters.nncf import ALLOWED_MODULES, load, save
+from dqa_plugins.adapters.nncf import ALLOWED_MODULES, load, quantize, save
 from dqa_plugins.errors import StateMismatch
 from tests.adapters.nncf.models import batches, build, quantized, site_list
 from tests.compare import assert_exact, same_bits
@@ -31,6 +31,7 @@ MIXED: dict[str, Any] = {
         }
     },
 }
+ENTRY = {"algorithm": "quantization", "activations": {"mode": "dqa"}}
 X = batches("residual", seed=11)[0]
 
 
@@ -85,6 +86,29 @@ def test_json_and_safetensors(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert same_bits(loaded(x), model(x))
     assert site_list(loaded) == site_list(model)
+
+
+class Versioned(torch.nn.Module):
+    """Like torchvision's MNASNet: its state_dict has a version, and one without is refused."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_versions_of_layers_are_saved(tmp_path: Path) -> None:
+    model = quantize(Versioned().eval(), nncf.Dataset([X]), {"compression": {**ENTRY, "weights": {}}})
+    outputs_equal(model, load(Versioned(), save(model, tmp_path)))
 
 
 def test_loading_into_another_model_is_refused(tmp_path: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import nncf
 import pytest
 import torch
+from nncf.common.quantization.structs import QuantizationScheme
+from nncf.quantization.advanced_parameters import OverflowFix, QuantizationParameters
 from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.quantization.layers import BaseQuantizer
 from torch import Tensor, nn
 
-from dqa_plugins.adapters.nncf import NNCFQuantizer, bake_weights, quantize
+from dqa_plugins.adapters.nncf import NNCFQuantizer, bake_weights, load, quantize, save
 from dqa_plugins.errors import ExportFailed
 from tests.adapters.nncf.models import batches, build, config, outputs_of_modules, quantized
 from tests.compare import assert_exact
@@ -30,7 +33,7 @@ def weight_quantizers(model: nn.Module) -> dict[str, BaseQuantizer]:
 
 
 def parameter_of(model: nn.Module, module: Any) -> Tensor:
-    return model.get_parameter(module.weight_name).detach()
+    return model.get_parameter(module.weight_names[0]).detach()
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -149,3 +152,49 @@ def test_bias_correction_restores_the_mean_of_a_layer() -> None:
 def _layer(model: nn.Module) -> tuple[Tensor, Tensor]:
     baked: Any = bake_weights(model)
     return baked.a.weight, baked.a.bias
+
+
+class TwoTables(nn.Module):
+    """Two embeddings side by side, which NNCF quantizes with one scale. (B, 5) int64 -> (B, 5, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.kinds, self.out = nn.Embedding(20, 8), nn.Embedding(20, 8), nn.Linear(16, 6)
+        self.kinds.weight.data.mul_(5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(torch.cat([self.words(ids), self.kinds(ids)], -1))
+
+
+@pytest.mark.parametrize("mode", ["symmetric", "asymmetric"])
+def test_weights_with_one_scale_share_their_quantizer(mode: str, tmp_path: Path) -> None:
+    data = [torch.randint(0, 20, (2, 5)) for _ in range(4)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        float_model = TwoTables().eval()
+    stock = nncf.quantize(
+        float_model,
+        nncf.Dataset(data),
+        subset_size=4,
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            weights_quantization_params=QuantizationParameters(num_bits=8, mode=QuantizationScheme(mode)),
+            overflow_fix=OverflowFix.DISABLE,
+        ),
+    )
+    model = quantize(float_model, nncf.Dataset(data), config(weights={"mode": mode}))
+    assert _points(model) == _points(stock)
+    assert len(_points(model)) == (2 if mode == "symmetric" else 1)
+    with torch.no_grad():
+        assert_exact(bake_weights(model)(data[0]), model(data[0]))
+        loaded = load(TwoTables(), save(model, tmp_path))
+        assert_exact(loaded(data[0]), model(data[0]))
+        assert_exact(bake_weights(loaded)(data[0]), model(data[0]))
+
+
+def _points(model: nn.Module) -> list[str]:
+    """Points of the embeddings' quantizer with the most of them."""
+    found: dict[int, list[str]] = {}
+    for name, module in get_hook_storage(model).named_hooks(remove_duplicate=False):
+        if isinstance(module, BaseQuantizer) and "embedding" in name:
+            found.setdefault(id(module), []).append(name)
+    return max(found.values(), key=len)

@@ -9,7 +9,7 @@ Axes: while `calibration_mode` is on, each tensor carries the axis of its channe
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -17,15 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dqa_plugins.sites import LAST_AXIS_PRODUCERS, default_channel_axis
+from dqa_plugins.graph.axes import DEFAULT, made_axis
+from dqa_plugins.graph.operations import Operation, Value, function_name
 
 _AXIS = "_dqa_channel_axis"
-
-# Functions behind which the channels are where they were before (as in the FX room).
-_ELEMENTWISE = frozenset(
-    "add iadd radd mul imul rmul sub isub truediv div relu relu6 gelu silu hardswish sigmoid tanh softmax dropout "
-    "clamp hardtanh contiguous clone".split()
-)
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -55,27 +50,49 @@ def name_from_callers(proxy: nn.Module) -> str:
 
 
 def channel_axis_of(x: Tensor) -> int | None:
-    """The channel axis that AxisTracker noted on x; None outside calibration."""
+    """The channel axis that AxisTracker wrote on x; None outside calibration."""
     return getattr(x, _AXIS, None)
 
 
 class AxisTracker(TorchFunctionMode):
-    """Notes on every tensor which axis its channels are: last behind Linear and its like, else 1."""
+    """Writes on every tensor which axis its channels are, by the rules of `graph.axes`; 1 where nothing tells."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if type(result) is Tensor:
-            name = getattr(func, "__name__", "").strip("_")
-            if name in LAST_AXIS_PRODUCERS:
-                setattr(result, _AXIS, default_channel_axis(name))
-            elif name in _ELEMENTWISE:
-                first = next((a for a in args if isinstance(a, Tensor)), None)
-                setattr(result, _AXIS, 1 if first is None else getattr(first, _AXIS, 1))
-            elif not hasattr(result, _AXIS):
-                setattr(result, _AXIS, 1)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if type(tensor) is Tensor:
+                axis = _axis(func, args, kwargs, tensor)
+                setattr(tensor, _AXIS, getattr(tensor, _AXIS, DEFAULT) if axis is None else axis)
         return result
+
+
+def _axis(func: Callable[..., Any], args: Any, kwargs: Any, result: Tensor) -> int | None:
+    """The channel axis of what a function of torch gave."""
+    read = [a for a in _flat((args, kwargs)) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter)]
+    inputs = tuple(Value(x, tuple(x.shape)) for x in read)
+    output = Value(result, tuple(result.shape))
+    operation = Operation(
+        function_name(func),
+        "function",
+        inputs=inputs,
+        outputs=(output,),
+        arguments=tuple(a for a in args if not isinstance(a, Tensor)),
+        keywords={k: a for k, a in kwargs.items() if not isinstance(a, Tensor)},
+    )
+    return made_axis(operation, output, {value: getattr(value.key, _AXIS, None) for value in inputs})
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, dict):
+        yield from _flat(tuple(value.values()))
+    else:
+        yield value
 
 
 def started_without_axis(x: Tensor) -> bool:

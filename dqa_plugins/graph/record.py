@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from dqa_plugins.graph.fx import TensorFacts, is_tensors
+from .fx import TensorFacts, is_tensors
 
 
 @contextlib.contextmanager
@@ -28,7 +28,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     try:
-        model.eval()
+        for module in modes:  # not eval(), which models of torch.export refuse
+            module.training = False
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
