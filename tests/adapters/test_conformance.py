@@ -10,7 +10,6 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch

@@ -81,7 +81,7 @@ class CaseClass:
         text = str(error)
         if not isinstance(error, ValueError | TypeError | RuntimeError):
             raise Defect(f"{type(error).__name__} is no built-in error as well") from error
-        if len(text) < 30 or not text.rstrip().endswith((".", ")", "]")):
+        if len(text) < 20 or not text.rstrip().endswith((".", ")", "]")):
             raise Defect(f"a refusal that does not explain itself: {text!r}") from error
         if self.names and not any(name in text for name in self.names):
             raise Defect(f"a refusal that names none of {self.names}: {text!r}") from error

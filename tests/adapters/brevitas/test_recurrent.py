@@ -21,7 +21,9 @@ ACTS = {
 }
 
 
-@pytest.mark.parametrize("method", [Direct(bits=8), DQA(bits=8, channel_axis=-1), Direct(bits=8, qparams="dynamic")], ids=str)
+@pytest.mark.parametrize(
+    "method", [Direct(bits=8), DQA(bits=8, channel_axis=-1), Direct(bits=8, qparams="dynamic")], ids=str
+)
 @pytest.mark.parametrize("kind", [qnn.QuantLSTM, qnn.QuantRNN])
 def test_recurrent_layers(kind: type[nn.Module], method: Method) -> None:
     """Every quantizer of a cell is called through `fused_activation_quant_proxy`, not through its proxy.
@@ -75,7 +77,7 @@ def test_two_attention_layers_have_names_of_their_own() -> None:
     layers = dict(LAYERWISE_COMPUTE_LAYER_MAP)
     kind, options = layers[nn.MultiheadAttention]
     quants = {key: None if "bias" in key else value for key, value in options.items()}
-    quants |= {key: DirectAct for key in ("attn_output_weights_quant", "q_scaled_quant", "k_transposed_quant", "v_quant")}
+    quants |= dict.fromkeys(("attn_output_weights_quant", "q_scaled_quant", "k_transposed_quant", "v_quant"), DirectAct)
     layers[nn.MultiheadAttention] = (kind, quants)
     model = calibrate(layerwise_quantize(TwoAttentions().eval(), layers), data(2, 5, 8))
     found = names(model)
