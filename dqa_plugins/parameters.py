@@ -40,13 +40,11 @@ class QuantizerParameters(StateModule):
     extra_bits: Tensor
     noise: Tensor
 
-    @property
-    def SHAPES(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
-        """The vectors are the method's."""
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """See `StateModule.shapes`; the vectors are the method's."""
         static = dict.fromkeys(("scale", "lower", "upper"), ("", "G"))
-        return (
-            static | {"factor": ("", "1", "G")} | dict.fromkeys((*self.method.vectors, "extra_bits", "noise"), ("C",))
-        )
+        vectors = dict.fromkeys((*self.method.vectors, "extra_bits", "noise"), ("C",))
+        return static | {"factor": ("", "1", "G")} | vectors
 
     def __init__(self, method: Method, *, name: str = "", producer_axis: int = 1, index: int | None = None) -> None:
         super().__init__()

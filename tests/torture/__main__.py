@@ -15,6 +15,8 @@ from rich.table import Table
 from tests.torture.engine import Count, run_classes
 from tests.torture.registry import load
 
+LONG = 300.0  # seconds from which slow classes have a turn
+
 
 def as_table(counts: dict[str, Count]) -> Table:
     """One row per class."""
@@ -44,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, found in classes.items():
             sys.stdout.write(f"{name}: {(found.check.__doc__ or '').splitlines()[0]}\n")
         return 0
-    chosen = [classes[name] for name in options.classes or classes]
+    quick = [name for name, found in classes.items() if options.seconds >= LONG or not found.slow]
+    chosen = [classes[name] for name in options.classes or quick]
     counts = run_classes(chosen, options.seconds, options.seed)
     defects = {name: count for name, count in counts.items() if count.defect}
     if options.json:

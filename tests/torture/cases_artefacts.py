@@ -169,10 +169,10 @@ def spread(outputs: Tensor, targets: Tensor) -> Tensor:
     return -outputs.std(1)
 
 
-def ranked(seed: int, path: Path | None, **settings: Any) -> RankTable:
+def ranked(number: int, path: Path | None, **settings: Any) -> RankTable:
     """Rank a small model."""
-    weights = settings.pop("weights", seed)
-    generator = torch.Generator().manual_seed(settings.pop("data", seed))
+    weights = settings.pop("weights", number)
+    generator = torch.Generator().manual_seed(settings.pop("data", number))
     batches = [(torch.randn(6, 5, generator=generator), torch.randint(4, (6,), generator=generator))]
     return rank_channels(
         small(seed=weights), batches, progress=False, checkpoint=path, **{"metric": margin, **settings}

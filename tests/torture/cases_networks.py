@@ -251,7 +251,7 @@ def networks(case: Program) -> None:
     assert len(set(names)) == len(names), f"two sites of one name: {names}"
 
 
-@case_class("rooms against rooms", programs(("fx",)), names=(), share=2, needs=("torchao",))
+@case_class("rooms against rooms", programs(("fx",)), names=(), needs=("torchao",), slow=True)
 def rooms(case: Program) -> None:
     """FX and PT2E put the same sites, with the same axes and signs, into one network, and the same scales."""
     found = {}

@@ -172,7 +172,7 @@ class BigCase(NamedTuple):
 WHOLE = [method for method in FEW if not method.uses_channels]
 
 
-@case_class("2^24 + 1 values", st.builds(BigCase, st.sampled_from(WHOLE), st.integers(0, 9)), share=0.5)
+@case_class("2^24 + 1 values", st.builds(BigCase, st.sampled_from(WHOLE), st.integers(0, 9)), slow=True)
 def many_values(case: BigCase) -> None:
     """Statistics count every value: the result is that of the same values in order, and does not depend on place."""
     generator = torch.Generator().manual_seed(case.seed)

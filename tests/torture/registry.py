@@ -40,6 +40,7 @@ class CaseClass:
         names: texts of which a refusal has to contain one; () where it may say anything.
         share: of the time, relative to the others.
         needs: packages without which the class is left out.
+        slow: a case takes seconds; left out of short runs.
     """
 
     name: str
@@ -48,6 +49,7 @@ class CaseClass:
     names: tuple[str, ...] = (LABEL,)
     share: float = 1.0
     needs: tuple[str, ...] = ()
+    slow: bool = False
 
     def run(self, case: Any) -> bool:
         """Run one case. True: the right result; False: refused.
