@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .graph.axes import default_channel_axis
-from .graph.names import SiteNames
-
-if TYPE_CHECKING:
-    from .quantizer import ActivationQuantizer
-
-__all__ = ["ELEMENTWISE", "LAST_AXIS_PRODUCERS", "SiteNames", "default_channel_axis", "iter_quantizers"]
-
-# For the rooms and parts that find axes by themselves (Brevitas, storage).
-LAST_AXIS_PRODUCERS = frozenset(
-    "Linear LayerNorm Embedding linear layer_norm embedding matmul bmm baddbmm addmm "
-    "scaled_dot_product_attention".split()
-)
-# Behind these the channels are where they were before: look further up.
-ELEMENTWISE = frozenset(
-    "add iadd mul imul sub isub truediv relu relu_ relu6 gelu silu hardswish sigmoid tanh softmax dropout layer_norm "
-    "clamp hardtanh contiguous leaky_relu elu ReLU ReLU6 GELU SiLU Hardswish Sigmoid Tanh Softmax Dropout Identity "
-    "Hardtanh LeakyReLU ELU".split()
-)
+from .quantizer import ActivationQuantizer
 
 
 def _plain_path(path: str) -> str:
@@ -42,8 +23,6 @@ def iter_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer
     Yields:
         (site name, quantizer), each quantizer once.
     """
-    from .quantizer import ActivationQuantizer
-
     found: list[tuple[tuple[float, int], str, ActivationQuantizer]] = []
     for position, (path, module) in enumerate(model.named_modules()):
         if isinstance(module, ActivationQuantizer):

@@ -23,9 +23,9 @@ from torch.fx import GraphModule, Node, Tracer
 
 from dqa_plugins.errors import InvalidMethod, UnsupportedInput
 from dqa_plugins.graph.fx import describe, follow_in_place
+from dqa_plugins.graph.record import record_shapes
 from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
 from dqa_plugins.host.quantize import methods_by_name
-from dqa_plugins.host.record import record_shapes
 from dqa_plugins.methods import Method
 
 from .config import get_act_quant

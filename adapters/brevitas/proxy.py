@@ -41,7 +41,7 @@ class _NoStockScale(nn.Module):
         self.int_scaling_impl = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Called by QuantLSTM(coupled_input_forget_gates=True), which quantizes a one by the quantizer of its input gate.
+        """Called by QuantLSTM(coupled_input_forget_gates=True), which quantizes ones by the quantizer of its gate.
 
         Raises:
             UnsupportedCombination: always.

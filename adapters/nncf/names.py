@@ -16,7 +16,7 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE, get_hook_storage
 from torch import nn
 
-from dqa_plugins.host.record import untouched
+from dqa_plugins.graph.record import untouched
 
 
 @dataclass

@@ -15,6 +15,7 @@ from nncf.common.graph.graph import NNCFGraph
 from torch import nn
 
 from dqa_plugins.graph.operations import facts
+from dqa_plugins.host.skip import resolve_skip, within
 
 from .config import Entry, InvalidConfig
 
@@ -75,9 +76,8 @@ def layers_to_skip(skip: Iterable[str], model: nn.Module, enclosing: dict[str, s
     found = set()
     for name in skip:
         if name in ("first", "last"):
-            if weighted:
-                path = weighted[0] if name == "first" else weighted[-1]
-                found |= {op for op, around in enclosing.items() if around == path}
+            layers = resolve_skip((name,), weighted, enclosing.values())
+            found |= {op for op, around in enclosing.items() if within(around, layers)}
         else:
             found |= operations_of([name], "compression.skip", enclosing)
     return found

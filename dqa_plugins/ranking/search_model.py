@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..consumers import find_consumer
 from ..errors import UncalibratedQuantizer, UnsupportedCombination
+from ..graph.readers import next_linear, weight_rows
 from ..qpp.fit import fit
 from ..quantizer import ActivationQuantizer
 from ..sites import iter_quantizers
@@ -178,6 +177,6 @@ def _next_layer_weight(quantizer: ActivationQuantizer, model: nn.Module) -> Tens
         if node.op != "call_module":
             continue
         if any(module is quantizer for module in model.get_submodule(str(node.target)).modules()):
-            layer: Any = find_consumer(node, model)
-            return None if layer is None else layer.weight.detach().flatten(1)
+            layer = next_linear(node.users, model)
+            return None if layer is None else weight_rows(layer, model)
     return None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, Method, iter_quantizers
 from dqa_plugins.errors import DQAError, DQAWarning, UncalibratedQuantizer
 from tests.adapters.networks import NETWORKS, Branches, batches, build
+from tests.graph import nets
 
 ROOMS = ("fx", "pt2e", "brevitas", "nncf")
 
@@ -127,6 +128,20 @@ def test_a_deepcopy_and_a_state_dict_compute_the_same(room: str, network: str) -
     assert not torch.equal(output(loaded, network), expected)
     loaded.load_state_dict(model.state_dict())
     assert torch.equal(output(loaded, network), expected)
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+@rooms
+def test_harder_networks(room: str, name: str) -> None:
+    """Masks, norms written out, positions, writes through views: FX's sites and axes, outputs near float."""
+    found = []
+    for where in ("fx", room):
+        model: Any = quantize_model(where)(nets.build(name), Direct(bits=8), [nets.inputs(name)])
+        found.append([(n, s.channel_axis) for n, s in iter_quantizers(model)])
+    assert found[0] == found[1]
+    with torch.no_grad():
+        expected = nets.build(name)(*nets.inputs(name))
+        assert 0 < float((model(*nets.inputs(name)) - expected).norm() / expected.norm()) < 0.03
 
 
 @rooms

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dqa_plugins import DQA, ActivationQuantizer, Direct, iter_quantizers
-from dqa_plugins.sites import SiteNames, default_channel_axis
+from dqa_plugins.graph.axes import default_channel_axis
+from dqa_plugins.graph.names import SiteNames
 from tests.compare import calibrated
 
 

@@ -12,7 +12,7 @@ from dqa_plugins import DQA, DenseSparse, Direct, DQAError, NoisyQuant
 from dqa_plugins.adapters.nncf import InvalidConfig
 from dqa_plugins.adapters.nncf.config import Entry, Weights, parse
 from dqa_plugins.errors import InvalidMethod, UnsupportedCombination
-from tests.adapters.nncf.models import config
+from tests.adapters.nncf.models import batches, build, config
 
 
 def test_the_entry_of_the_documentation() -> None:
@@ -160,3 +160,11 @@ def test_bias_correction_follows_the_weights() -> None:
     assert parse(config(weights={})).bias_correction
     assert not parse(config(weights={}, bias_correction=False)).bias_correction
     assert parse(config(weights={"mode": "asymmetric", "per_channel": False})).weights == Weights("asymmetric", False)
+
+
+@pytest.mark.parametrize("bits", [4, 16, True, "8"])
+def test_quantize_model_takes_weights_of_eight_bits(bits: object) -> None:
+    from dqa_plugins.adapters.nncf import quantize_model
+
+    with pytest.raises(InvalidMethod, match="8-bit weights"):
+        quantize_model(build("residual"), DQA(), batches("residual"), weight_bits=bits)  # type: ignore[arg-type]
