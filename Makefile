@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check torture bench clean
 
 # torch first and pinned: on its own it would pull the CUDA build
 $(STAMP): pyproject.toml constraints.txt
@@ -24,6 +24,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# hostile cases for as long as it is told: make torture SECONDS=3600
+SECONDS ?= 30
+torture: $(STAMP)
+	$(BIN)/python -m tests.torture --seconds $(SECONDS)
 
 bench: $(STAMP)
 	@for script in examples/benchmarks/*.py; do \

@@ -72,11 +72,14 @@ def _calls(model: GraphModule, name: str) -> Node:
 
 
 def _features(model: GraphModule, node: Node, site: str, mode: str) -> Node:
-    target = f"predictor_{site.replace('.', '_')}" + ("" if mode == "extended" else f"_{mode}")
     graph = model.graph
-    known = next((n for n in graph.nodes if n.op == "call_module" and n.target == target), None)
-    if known is not None:
-        return known
+    for known in graph.nodes:  # by what it is of: 'a.b_c' and 'a_b.c' would give one name
+        module = model.get_submodule(str(known.target)) if known.op == "call_module" else None
+        if isinstance(module, SiteFeatures) and (module.site, module.mode) == (site, mode):
+            return known
+    target = f"predictor_{site.replace('.', '_')}" + ("" if mode == "extended" else f"_{mode}")
+    while hasattr(model, target):
+        target += "_"
     try:
         tap = _calls(model, site)
         source = tap.args[0]
@@ -85,7 +88,7 @@ def _features(model: GraphModule, node: Node, site: str, mode: str) -> Node:
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         source = placeholders[int(site.removeprefix(INPUT + "."))]
         where = graph.inserting_after(placeholders[-1])
-    model.add_submodule(target, SiteFeatures(mode))
+    model.add_submodule(target, SiteFeatures(mode, site))
     with where:
         return graph.call_module(target, (source,))
 

@@ -124,18 +124,23 @@ def outside(x: Tensor, prediction: Tensor, axis: int) -> Tensor:
 
 
 class SiteFeatures(nn.Module):
-    """`site_features` as a module: the predictor node of a site in a converted graph."""
+    """`site_features` as a module: the predictor node of a site in a converted graph.
 
-    def __init__(self, mode: str) -> None:
+    Args:
+        mode: see `site_features`.
+        site: whose tensor it takes.
+    """
+
+    def __init__(self, mode: str, site: str = "") -> None:
         super().__init__()
-        self.mode = mode
+        self.mode, self.site = mode, site
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) to (B, features) float64, see `site_features`."""
         return site_features(x, self.mode)
 
     def extra_repr(self) -> str:
-        return f"mode={self.mode!r}"
+        return f"mode={self.mode!r}, site={self.site!r}"
 
 
 class OwnStatistic(nn.Module):

@@ -229,7 +229,8 @@ def stock_takes(program: Program) -> bool:
         return False
 
 
-@case_class("networks", programs(("fx", "fx", "fx", "pt2e")), names=(), share=4, needs=("torchao",))
+@case_class("networks", programs(("fx",)), names=(), share=4)
+@case_class("networks in PT2E", programs(("pt2e",)), names=(), needs=("torchao",), slow=True)
 def networks(case: Program) -> None:
     """Converted with 16-bit codes a network computes what the float one does, and its sites have names of their own."""
     float_model = build(case)

@@ -211,7 +211,7 @@ def in_child(connection: Any, data: bytes) -> None:
 
 @case_class(
     "fork and spawn",
-    st.builds(ProcessCase, st.integers(0, len(FEW) - 1), seeds, st.sampled_from(["fork"] * 9 + ["spawn"])),
+    st.builds(ProcessCase, st.integers(0, len(FEW) - 1), seeds, st.sampled_from(["fork"] * 40 + ["spawn"])),
     share=0.5,
 )  # fmt: skip
 def processes(case: ProcessCase) -> None:
