@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..errors import InvalidMethod, UncalibratedQuantizer, UnsupportedCombination
+from ..errors import InvalidMethod, NonFiniteInput, UncalibratedQuantizer, UnsupportedCombination
 from ..grid import Grid
 from ..metrics import cross_entropy
 from ..quantizer import ActivationQuantizer
@@ -136,6 +136,13 @@ def _sensitivities(model: nn.Module, sites: list[StoredSite], batches: Iterable[
                 handle.remove()
         for (site, value), gradient in zip(values, found, strict=True):
             square = torch.zeros_like(value) if gradient is None else gradient.square()
+            for what, tensor in (("values", value), ("squared gradients", square)):
+                if not bool(torch.isfinite(tensor).all()):
+                    raise NonFiniteInput(
+                        f"{site.quantizer.label}: allocate_bits got a batch with "
+                        f"{int((~torch.isfinite(tensor)).sum())} {what} that are NaN or Inf, of shape "
+                        f"{tuple(value.shape)}. Find the sample, or the layer, that makes them."
+                    )
             rows = square.double().movedim(site.quantizer.channel_axis, 0).flatten(1)
             totals[site] = totals.get(site, 0) + rows.sum(1).cpu()
             counts[site] = counts.get(site, 0) + rows.shape[1]
@@ -177,6 +184,7 @@ def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: fl
     Raises:
         UnsupportedCombination: no DQA sites, or they are frozen. UncalibratedQuantizer: no data seen.
         InvalidMethod: the target cannot be met within [1 - bits, bits].
+        NonFiniteInput: a batch makes NaN or Inf, in values or gradients.
     """
     if not isinstance(target_bits, int | float) or not 0.25 <= target_bits <= 16:
         raise InvalidMethod(f"target_bits={target_bits!r}: a number of bits per activation from 0.25 to 16.")
