@@ -107,10 +107,17 @@ class Forwards:
     Args:
         inputs: (site, mode) of the model's inputs that are sites.
         augmentation: calibration runs each batch again with what this makes of it; None: once.
+        calibrating: samples are numbered, for calibration.
     """
 
-    def __init__(self, inputs: tuple[tuple[str, str], ...] = (), augmentation: Augmentation | None = None) -> None:
-        self.inputs, self.augmentation = inputs, augmentation
+    def __init__(
+        self,
+        inputs: tuple[tuple[str, str], ...] = (),
+        augmentation: Augmentation | None = None,
+        *,
+        calibrating: bool = False,
+    ) -> None:
+        self.inputs, self.augmentation, self.calibrating = inputs, augmentation, calibrating
         self.count = self.first_sample = self.next_sample = 0
         self.handles: list[Any] = []
 
@@ -139,7 +146,7 @@ class Forwards:
         """
         self.count += 1
         tensors = [x for x in inputs if isinstance(x, Tensor) and x.ndim > 0]
-        if tensors and not augmented:
+        if tensors and self.calibrating and not augmented:
             self.first_sample = self.next_sample
             self.next_sample += len(tensors[0])
         session = Session(self.count, self.first_sample, augmented=augmented)
@@ -165,7 +172,9 @@ class Forwards:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = current()
         nested = session is not None and session.augmented
-        if self.count == 0:  # calibration may have begun elsewhere: in another process, in the original of a copy
+        if (
+            self.calibrating and self.count == 0
+        ):  # calibration may have begun elsewhere: in another process, in the original of a copy
             rows = [m.predictor.record.samples for m in predicted_quantizers(model)]
             self.next_sample = max((int(samples.max()) + 1 for samples in rows if len(samples)), default=0)
         self.start(positional(model, args, kwargs), augmented=nested)
@@ -175,7 +184,7 @@ class Forwards:
         if session is None:
             return
         end(session)
-        if session.augmented or output is None or not observes(model):
+        if not self.calibrating or session.augmented or output is None or not observes(model):
             return
         args, kwargs = _bound(model, args, kwargs)
         changed = self.changed((*args, *kwargs.values()))
