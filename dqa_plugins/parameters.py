@@ -42,9 +42,11 @@ class QuantizerParameters(StateModule):
 
     def shapes(self) -> dict[str, tuple[str, ...]]:
         """See `StateModule.shapes`; the vectors are the method's."""
-        static = dict.fromkeys(("scale", "lower", "upper"), ("", "G"))
-        vectors = dict.fromkeys((*self.method.vectors, "extra_bits", "noise"), ("C",))
-        return static | {"factor": ("", "1", "G")} | vectors
+        found: dict[str, tuple[str, ...]] = dict.fromkeys(("scale", "lower", "upper"), ("", "G"))
+        found["factor"] = ("", "1", "G")
+        for vector in (*self.method.vectors, "extra_bits", "noise"):
+            found[vector] = ("C",)
+        return found
 
     def __init__(self, method: Method, *, name: str = "", producer_axis: int = 1, index: int | None = None) -> None:
         super().__init__()
