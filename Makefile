@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 # what `make quick` runs: the core and what rooms share; the folder of a room is run by hand (CONTRIBUTING.md)
 QUICK := tests/core tests/graph tests/host tests/qpp tests/report tests/test_structure.py tests/test_docs.py
 
-.PHONY: demo quick check test test-slow mutations bench clean
+.PHONY: demo quick check test test-slow mutations torture bench clean
 
 # torch first and pinned: on its own it would pull the CUDA build
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +44,11 @@ test-slow: $(STAMP)
 # every fault of tests/mutations, two at a time; exit status 1 if one survives
 mutations: $(STAMP)
 	$(BIN)/python -m tests.mutations --jobs 2
+
+# hostile cases for as long as it is told: make torture SECONDS=3600
+SECONDS ?= 30
+torture: $(STAMP)
+	$(BIN)/python -m tests.torture --seconds $(SECONDS)
 
 bench: $(STAMP)
 	@for script in examples/benchmarks/*.py; do \

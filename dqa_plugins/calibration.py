@@ -16,11 +16,13 @@ statistics (S = 1 or 2, G = 1 or C); twice as much for float64 activations.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .errors import StateMismatch
 from .exact import exact_sum
 from .method import Method
 from .ranges import grouped
@@ -70,6 +72,31 @@ class CalibrationRecord(StateModule):
         self.register_buffer("kept_sample", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64, device=device))
         self.register_buffer("minimum", torch.zeros((), dtype=torch.float64, device=device))
+
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """See `StateModule.shapes`."""
+        return {
+            "maximum": ("S G",),
+            "total": ("S G",),
+            "average": ("S G",),
+            "counts": ("2",),
+            "minimum": ("",),
+            "kept": ("D K",),
+            "kept_sample": ("K",),
+            "kept_statistic": ("N S G",),
+        }
+
+    def check_loaded(self, loaded: Mapping[str, Any], sizes: dict[str, int], label: str) -> None:
+        """See `StateModule.check_loaded`; the parts have to be of one number of samples."""
+        super().check_loaded(loaded, sizes, label)
+        counts, sample, statistic = (loaded.get(name) for name in ("counts", "kept_sample", "kept_statistic"))
+        if counts is None or sample is None or statistic is None or counts.is_meta:
+            return
+        seen, kept = counts.tolist() if counts.numel() == 2 else (-1, -1)
+        top = loaded.get("maximum")
+        good = 0 <= kept <= seen and len(statistic) == kept and (top is None or bool(top.numel()) == bool(seen))
+        if not good or (sample.numel() and not 0 <= int(sample.min()) <= int(sample.max()) < kept):
+            raise StateMismatch(f"{label}: the calibration record in the state_dict has parts of several calibrations.")
 
     @property
     def count(self) -> int:

@@ -103,7 +103,8 @@ def affine_qparams(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Ten
     Args:
         lower, upper: a and b, unit of x, any shape (equal).
     """
-    scale = torch.clamp(upper - lower, min=0) / (2**bits - 1)
+    # of the halves, which is the same number: b - a itself overflows where both are near the largest float
+    scale = torch.clamp(upper / 2 - lower / 2, min=0) / ((2**bits - 1) / 2)
     return scale, torch.round(-lower / nonzero(scale))
 
 

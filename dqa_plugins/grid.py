@@ -74,7 +74,8 @@ class Grid:
             bits: n; codes are unsigned.
             keep: values strictly outside [a, b] stay in float (eq. 11).
         """
-        step = torch.clamp(upper - lower, min=0) / (2**bits - 1)
+        # of the halves, which is the same number: b - a itself overflows where both are near the largest float
+        step = torch.clamp(upper / 2 - lower / 2, min=0) / ((2**bits - 1) / 2)
         exact = -lower / nonzero(step)
         bias = torch.where(step > 0, torch.zeros_like(lower), -lower)
         return cls(step, 0, 2**bits - 1, torch.round(exact), bias, (lower, upper) if keep else None, exact)

@@ -279,19 +279,21 @@ def method_to_dict(method: Method) -> dict[str, Any]:
     return {"method": method.name, **fields}
 
 
-def method_from_dict(fields: dict[str, Any]) -> Method:
+def method_from_dict(fields: Mapping[str, Any]) -> Method:
     """Build a method from what `method_to_dict` returned.
 
     Raises:
         NotAMethod: unknown method name.
         InvalidMethod: unknown field or bad value.
     """
+    if not isinstance(fields, Mapping):
+        raise NotAMethod(f"a method is saved as a dict of its fields, got {fields!r} of type {type(fields).__name__}.")
     fields = dict(fields)
     name = fields.pop("method", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise NotAMethod(f"unknown method {name!r}; known: {', '.join(METHODS)}.")
     known = {f.name for f in dataclasses.fields(METHODS[name])}
-    unknown = sorted(set(fields) - known)
+    unknown = sorted(map(str, set(fields) - known))
     if unknown:
         raise InvalidMethod(f"method {name!r} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
     return METHODS[name](**fields)

@@ -14,7 +14,7 @@ from .method import Method
 from .methods import check_method, method_to_dict
 from .ranges import lay_out
 from .source import QParamsSource, make_source
-from .state import StateModule, check_buffers, read_state, to_bytes
+from .state import VERSION, StateModule, check_buffers, read_state, to_bytes
 
 _UNIT = ("unit_step", "unit_low", "unit_high", "unit_zero_point", "unit_bias")
 
@@ -39,6 +39,14 @@ class QuantizerParameters(StateModule):
     factor: Tensor
     extra_bits: Tensor
     noise: Tensor
+
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """See `StateModule.shapes`; the vectors are the method's."""
+        found: dict[str, tuple[str, ...]] = dict.fromkeys(("scale", "lower", "upper"), ("", "G"))
+        found["factor"] = ("", "1", "G")
+        for vector in (*self.method.vectors, "extra_bits", "noise"):
+            found[vector] = ("C",)
+        return found
 
     def __init__(self, method: Method, *, name: str = "", producer_axis: int = 1, index: int | None = None) -> None:
         super().__init__()
@@ -185,6 +193,7 @@ class QuantizerParameters(StateModule):
     def get_extra_state(self) -> Tensor:
         """What is not a buffer, as UTF-8 JSON in a uint8 tensor."""
         state: dict[str, Any] = {
+            "version": VERSION,
             "method": method_to_dict(self.method),
             "state": self._state,
             "axis": self._axis,
@@ -200,11 +209,28 @@ class QuantizerParameters(StateModule):
         return to_bytes(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # before any buffer is touched: a refused state changes nothing
+        # before any buffer is touched, those of the modules inside included: a refused state changes nothing
         if prefix + "_extra_state" in state_dict:
-            read_state(state_dict[prefix + "_extra_state"], self.method, self.label)
-            check_buffers({name: state_dict.get(prefix + name) for name in self._buffers}, self.method, self.label)
+            self._check_state({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_state(self, loaded: dict[str, Any]) -> None:
+        state = read_state(loaded["_extra_state"], self.method, self.label)
+        sizes = {"S": len(self.method.statistic(self.method.signed))}
+        if self.method.granularity == "tensor":
+            sizes["G"] = 1
+        elif state["channels"] is not None:
+            sizes["G"] = state["channels"]
+        if state["channels"] is not None:
+            sizes["C"] = state["channels"]
+        self.check_loaded(loaded, dict(sizes), self.label)
+        check_buffers(loaded, state, self.method, self.label)
+        for name, module in self.named_children():
+            if isinstance(module, StateModule):
+                inside = {k.removeprefix(name + "."): v for k, v in loaded.items() if k.startswith(name + ".")}
+                module.check_loaded(inside, dict(sizes), self.label)
+        if self.predictor is not None:
+            self.predictor.check_description(state["predictor"], self.label)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Inverse of `get_extra_state`.

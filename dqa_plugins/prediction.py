@@ -92,7 +92,7 @@ def qpp_from_dict(method: str, fields: dict[str, Any]) -> QPP:
         InvalidMethod: unknown field or bad value.
     """
     known = {f.name for f in dataclasses.fields(QPP)}
-    unknown = sorted(set(fields) - known)
+    unknown = sorted(map(str, set(fields) - known))
     if unknown:
         raise InvalidMethod(f"{method}: qparams has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
     return QPP(**fields)

@@ -38,6 +38,9 @@ from .resolve import kept_values, next_layer_weight, static_qparams
 LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and backends reach
 
 _first_executions = itertools.count()
+# float8 has neither arithmetic nor infinities to saturate at: it is a format to store in, not one to compute with
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LISTED = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
 class ActivationQuantizer(QuantizerParameters):
@@ -215,6 +218,11 @@ class ActivationQuantizer(QuantizerParameters):
     def _observe(self, x: Tensor) -> None:
         if x.numel() == 0:
             return
+        if x.is_meta:
+            raise UnsupportedInput(
+                f"{self.label} cannot observe a meta tensor, shape {tuple(x.shape)}: it has no values. Calibrate on "
+                "a device; once frozen the quantizer takes meta tensors too."
+            )
         x = x.detach()
         if not torch.isfinite(x).all():
             nans, infs = int(x.isnan().sum()), int(x.isinf().sum())
@@ -248,9 +256,20 @@ class ActivationQuantizer(QuantizerParameters):
                 self.set_extra_bits(self.extra_bits)
 
     def _check_tensor(self, x: object) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
-            what = f"{x.dtype}, shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise UnsupportedInput(f"{self.label} quantizes floating-point tensors with a batch axis; got {what}.")
+        if not isinstance(x, Tensor):
+            raise UnsupportedInput(f"{self.label} quantizes tensors; got a {type(x).__name__}.")
+        # nested tensors first: they have no shape
+        if x.is_nested or x.layout != torch.strided:
+            layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            raise UnsupportedInput(
+                f"{self.label} quantizes dense tensors; got a {layout} one of {x.dtype}. Make it dense before: "
+                "to_dense(), to_padded_tensor(...) where it is nested."
+            )
+        if x.dtype not in DTYPES or x.ndim == 0:
+            raise UnsupportedInput(
+                f"{self.label} quantizes floating-point tensors with a batch axis ({_LISTED}); got {x.dtype}, shape "
+                f"{tuple(x.shape)}. Convert it before, or leave this layer out of quantization."
+            )
         # a traced size would become a condition of the exported program
         if not torch.compiler.is_compiling() and x.numel() > LARGEST:
             raise UnsupportedInput(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import UncalibratedQuantizer, UnsupportedInput
+from .batches import run_batches
+from .errors import UncalibratedQuantizer, UnsupportedCombination
 from .grid import Grid
 from .quantizer import ActivationQuantizer
 from .sites import iter_quantizers
@@ -95,19 +96,20 @@ def activation_report(model: nn.Module, batches: Iterable[Any]) -> ActivationRep
 
     Args:
         model: converted by any adapter.
-        batches: of inputs, a tensor or a tuple of them each.
+        batches: of inputs, a tensor, a tuple or a dict of them each.
 
     Raises:
-        UnsupportedInput: `batches` is one tensor, whose items would be samples without a batch axis.
-        UncalibratedQuantizer: a quantizer is not frozen.
+        UncalibratedQuantizer: a quantizer is not frozen, or there are no batches.
+        UnsupportedCombination: the model has no quantizers.
+        UnsupportedInput: a single batch was given.
     """
-    if isinstance(batches, Tensor):
-        raise UnsupportedInput(f"batches is a tensor of shape {tuple(batches.shape)}, one batch of inputs x: give [x].")
     names = {}
     for name, quantizer in iter_quantizers(model):
         if quantizer.state != "frozen":
             raise UncalibratedQuantizer(f"'{name}' is in state {quantizer.state!r}: convert the model first.")
         names[quantizer] = name
+    if not names:
+        raise UnsupportedCombination("activation_report: this model has no quantizers; give one that was converted.")
     sums: dict[ActivationQuantizer, list[float]] = {quantizer: [0.0] * 5 for quantizer in names}
 
     def note(quantizer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
@@ -125,8 +127,7 @@ def activation_report(model: nn.Module, batches: Iterable[Any]) -> ActivationRep
     densities: dict[ActivationQuantizer, float] = {}
     hooks = [quantizer.register_forward_hook(note) for quantizer in names]
     try:
-        for batch in batches:
-            model(*batch) if isinstance(batch, Sequence) else model(batch)
+        run_batches(model, batches, "activation_report")
     finally:
         for hook in hooks:
             hook.remove()
@@ -137,4 +138,6 @@ def activation_report(model: nn.Module, batches: Iterable[Any]) -> ActivationRep
             method = type(quantizer.method).__name__
             density = densities.get(quantizer, 0.0) / count
             sites.append(SiteReport(names[quantizer], method, round(count / samples), bits / count, sqnr, density))
+    if not sites:
+        raise UncalibratedQuantizer("activation_report: no value reached a quantizer; the batches are empty.")
     return ActivationReport(sites)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from .errors import StateMismatch
 from .method import Method
 from .methods import method_from_dict
 
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 STATES = ("observe", "frozen", "qat")
+VERSION = 1  # of the extra state; a state without one is of this version too
 # what a quantizer's extra state holds besides its method
 _KINDS: dict[str, type] = {
     "state": str,
@@ -30,6 +32,39 @@ _KINDS: dict[str, type] = {
 class StateModule(nn.Module):
     """A module whose buffers change shape with calibration and keep their dtype through `.half()` and `.to(dtype)`."""
 
+    def shapes(self) -> Mapping[str, tuple[str, ...]]:
+        """What each buffer may look like, sizes as letters or numbers ("S G", "2", "" for a scalar); or be empty."""
+        return {}
+
+    def check_loaded(self, loaded: Mapping[str, Any], sizes: dict[str, int], label: str) -> None:
+        """Refuse buffers of a state_dict that no calibration gives. Changes nothing.
+
+        Args:
+            loaded: by name, without a prefix.
+            sizes: the letters that are known; the others are bound as they come, and have to agree.
+            label: of the quantizer, for messages.
+
+        Raises:
+            StateMismatch: a buffer is no dense tensor of its kind, has another shape, or holds NaN or Inf.
+        """
+        for name, shapes in self.shapes().items():
+            value, mine = loaded.get(name), self._buffers.get(name)
+            if value is None or mine is None:
+                continue
+            if not _is_like(value, mine):
+                kind = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+                raise StateMismatch(f"{label}: {name} in the state_dict is {kind}; it is a dense {mine.dtype} tensor.")
+            if value.numel() == 0 or value.is_meta:
+                continue
+            if not any(_binds(shape, value.shape, sizes) for shape in shapes):
+                known = {letter: size for letter, size in sizes.items() if any(letter in shape for shape in shapes)}
+                raise StateMismatch(
+                    f"{label}: {name} in the state_dict has shape {tuple(value.shape)}; it is "
+                    f"({' or '.join(shape.replace(' ', ', ') for shape in shapes)}) with {known}."
+                )
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise StateMismatch(f"{label}: {name} in the state_dict holds NaN or Inf, which cannot be.")
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self._buffers.items():
             loaded = state_dict.get(prefix + name)
@@ -45,6 +80,26 @@ class StateModule(nn.Module):
             if after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
+
+
+def _is_like(value: Any, mine: Tensor) -> bool:
+    """Whether a value of a state_dict can be a buffer: dense, and of its kind (floats may have another width)."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
+        return False
+    return value.dtype in FLOATS if mine.is_floating_point() else value.dtype == mine.dtype
+
+
+def _binds(shape: str, found: torch.Size, sizes: dict[str, int]) -> bool:
+    """Whether a tensor has a shape; binds the letters that were free."""
+    wanted = shape.split()
+    if len(wanted) != len(found):
+        return False
+    bound = dict(sizes)
+    for letter, size in zip(wanted, found, strict=True):
+        if bound.setdefault(letter, int(letter) if letter.isdigit() else size) != size:
+            return False
+    sizes.update({letter: size for letter, size in bound.items() if not letter.isdigit()})
+    return True
 
 
 def to_bytes(state: dict[str, Any]) -> Tensor:
@@ -66,6 +121,7 @@ def read_state(state: Any, method: Method, label: str) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = json.loads(bytes(state.cpu().numpy()).decode())
         loaded.setdefault("synchronized", 0)  # states of earlier releases
+        version = loaded.get("version", VERSION)
         values = {key: loaded[key] for key in _KINDS}
         saved = method_from_dict(loaded["method"])
         if method.source == "predicted":
@@ -74,6 +130,8 @@ def read_state(state: Any, method: Method, label: str) -> dict[str, Any]:
         raise StateMismatch(
             f"{label}: the extra state in the state_dict is damaged or not ours ({type(error).__name__}: {error})."
         ) from error
+    if type(version) is not int or version != VERSION:
+        raise StateMismatch(f"{label}: the state_dict has version {version!r}; this release reads version {VERSION}.")
     if saved != method:
         raise StateMismatch(
             f"{label}: the state_dict holds {saved}, this quantizer is {method}. Prepare the model with the methods it "
@@ -85,24 +143,31 @@ def read_state(state: Any, method: Method, label: str) -> dict[str, Any]:
     return loaded
 
 
-def check_buffers(loaded: dict[str, Any], method: Method, label: str) -> None:
-    """Refuse buffers of a state_dict that no calibration gives.
+def check_buffers(loaded: Mapping[str, Any], state: Mapping[str, Any], method: Method, label: str) -> None:
+    """Refuse values and gaps in the buffers of a quantizer that no calibration gives.
 
     Args:
-        loaded: by name.
+        loaded: by name; of the right shapes.
+        state: as `read_state` gave it.
         method, label: of the quantizer.
 
     Raises:
-        StateMismatch: a scale or threshold is NaN, Inf or negative, or extra bits are out of range.
+        StateMismatch: a scale is negative, extra bits are out of range, or a frozen quantizer lacks a parameter.
     """
-    for name, value in loaded.items():
-        if not isinstance(value, Tensor) or not value.numel() or value.is_meta:
+    filled = {name: v for name, v in loaded.items() if isinstance(v, Tensor) and v.numel()}
+    limits = {"scale": (0, None), "factor": (0, None), "extra_bits": (1 - method.bits, method.bits)}
+    for name in limits.keys() & filled.keys():
+        if filled[name].is_meta:
             continue
-        low, high = float(value.min()), float(value.max())
-        good = math.isfinite(low) and math.isfinite(high)
-        if name in ("scale", "factor"):
-            good = good and low >= 0
-        if name == "extra_bits":
-            good = 1 - method.bits <= low and high <= method.bits
-        if not good:
+        least, most = limits[name]
+        low, high = float(filled[name].min()), float(filled[name].max())
+        if low < least or (most is not None and high > most):
             raise StateMismatch(f"{label}: {name} in the state_dict ranges from {low:g} to {high:g}, which cannot be.")
+    if state["state"] != "frozen":
+        return
+    static = (("lower", "upper") if method.uses_range else ("scale",)) if method.source == "static" else ()
+    gaps = [name for name in (*static, *method.vectors) if name in loaded and name not in filled]
+    gaps += [key for key in ("signed", "axis") if state[key] is None]
+    gaps += ["channels"] if method.uses_channels and state["channels"] is None else []
+    if gaps:
+        raise StateMismatch(f"{label}: the state_dict is of a frozen quantizer, but has no {', '.join(gaps)}.")

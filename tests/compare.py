@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqa_plugins import ActivationQuantizer, method_to_dict
+from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, NoisyQuant, method_to_dict
+from dqa_plugins import functional as F
 from tests import reference
 
 
@@ -73,6 +74,23 @@ def expected_output(quantizer: ActivationQuantizer, batches: list[Tensor], x: Te
     # a bfloat16 array stands as float32 here, and is rounded in `assert_exact`
     out = reference.fake_quantize(to_numpy(x), arrays, method_to_dict(quantizer.method), quantizer.channel_axis, found)
     return out[:, 0] if one_dimensional else out
+
+
+def by_the_papers(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+    """`functional` with the parameters of a frozen quantizer."""
+    method, axis = quantizer.method, quantizer.channel_axis
+    scale, lower, upper = quantizer.runtime_qparams(x)
+    if isinstance(method, DenseSparse):
+        return F.dense_sparse_fake_quantize(x, lower, upper, method.bits)
+    if scale is None:
+        return F.affine_fake_quantize(x, lower, upper, method.bits)
+    if isinstance(method, DQA):
+        extra = quantizer.extra_bits
+        return F.dqa_fake_quantize(x, scale, extra, method.bits, signed=quantizer.signed, channel_axis=axis)
+    if isinstance(method, NoisyQuant):
+        noise = quantizer.noise
+        return F.noisyquant_fake_quantize(x, scale, noise, method.bits, signed=quantizer.signed, channel_axis=axis)
+    return F.direct_fake_quantize(x, scale, method.bits, signed=quantizer.signed)
 
 
 def assert_matches_reference(quantizer: ActivationQuantizer, batches: list[Tensor], x: Tensor) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase, QConfigMapping
 from torch.fx import GraphModule, Node
 
-from dqa_plugins.errors import DQAWarning
+from dqa_plugins.errors import DQAWarning, UnsupportedCombination
+from dqa_plugins.graph.aliases import dropped_writes
 from dqa_plugins.graph.fx import TensorFacts, describe, follow_in_place
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import Operation
@@ -88,6 +89,13 @@ def find_sites(model: GraphModule, asked: _Asked, example_inputs: Any) -> Placem
         site_of=site_name,
         quantized=lambda node: node in done or _is_stock_observer(node, model),
     )
+    dropped = [op for op in dropped_writes(operations) if op.op not in ("setitem", "__setitem__")]
+    if dropped:
+        raise UnsupportedCombination(
+            f"'{dropped[0].site}' ({dropped[0].op}) writes in place through a view, and the tensor behind the view is "
+            "read again; torch.fx takes such a write for dead code and drops it in silence. Write the model without "
+            "it (y = y + 1 for y.view(...).add_(1)), or quantize it with PT2E."
+        )
     return judge(operations, asked.method_of, overrides=asked.by_name)
 
 

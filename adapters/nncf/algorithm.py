@@ -56,6 +56,12 @@ class Plan:
     num_samples: int | None = None
     samples: FirstSamples | None = field(default=None, compare=False)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether parameters of some quantizer are predicted."""
+        methods = [self.method, *(method for _, method in self.overrides), *(self.named or {}).values()]
+        return any(method is not None and method.source == "predicted" for method in methods)
+
 
 class ActivationQuantization(MinMaxQuantization):
     """MinMaxQuantization with an ActivationQuantizer at each site that the judge finds; weights are NNCF's own.

@@ -48,7 +48,7 @@ class Entry:
         ignored, target: scopes of operations, see `scopes`. An empty target means all.
         skip: "first", "last", or module names.
         num_samples: calibration samples, None for all.
-        bias_correction: run NNCF's FastBiasCorrection.
+        bias_correction: run NNCF's FastBiasCorrection; left out, with a warning, where parameters are predicted.
         quantize_outputs: also quantize the outputs of the model.
     """
 

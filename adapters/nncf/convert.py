@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from nncf.torch.function_hook.statistics.aggregator import PT2StatisticsAggregator
 from torch import nn
 
-from dqa_plugins.errors import InvalidMethod, UncalibratedQuantizer, UnsupportedInput
+from dqa_plugins.errors import DQAWarning, InvalidMethod, UncalibratedQuantizer, UnsupportedInput
 from dqa_plugins.host.quantize import as_call, example_of, split_methods
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp import link
@@ -167,11 +168,16 @@ def _run(
         inplace_statistics=False,
     )
     steps: list[Any] = [algorithm]
-    if bias_correction:
+    if bias_correction and not plan.predicts:
         steps.append(FastBiasCorrection(subset_size=_ALL))
-    if plan.samples is not None:
-        # bias correction takes its statistics from the same run, which must not be of augmented items then
-        plan.samples.augment = not bias_correction
+    elif bias_correction:
+        warnings.warn(
+            DQAWarning(
+                "NNCF's bias correction is left out: it runs parts of the model, where QPP has no features to predict "
+                "from, and in the run that QPP augments. Set bias_correction to false, or use static parameters."
+            ),
+            stacklevel=4,
+        )
     with torch.no_grad():
         return link(_pipeline(steps, wrapper, wrapper.get_graph(), items).eval())
 

@@ -26,7 +26,6 @@ class FirstSamples:
     def __init__(self, dataset: nncf.Dataset, limit: int | None) -> None:
         self.dataset, self.limit = dataset, limit
         self.forwards: Forwards | None = None  # QPP: of the model
-        self.augment = True
         self.inputs = 0  # tensors in an item
 
     def __iter__(self) -> Iterator[Any]:
@@ -45,7 +44,7 @@ class FirstSamples:
         session = self.forwards.start(tensors)
         yield item
         end(session)
-        changed = self.forwards.changed(tensors) if self.augment else None
+        changed = self.forwards.changed(tensors)
         if changed is not None:
             session = self.forwards.start(changed, augmented=True)
             yield _replaced(item, iter(changed))

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nncf.torch import get_config, load_from_config
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dqa_plugins.errors import StateMismatch
+from dqa_plugins.errors import DQAError, StateMismatch
 from dqa_plugins.qpp import link
 
 from .forward import keep_eager
@@ -23,6 +23,7 @@ ALLOWED_MODULES: Any = ("nncf.*", "dqa_plugins.adapters.nncf.*")
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 METADATA = "state_dict_metadata"  # key in the header of the tensors' file
+SCHEMA, VERSION = "dqa_plugins.nncf_model", "1"  # likewise; folders of earlier releases have none
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -40,7 +41,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     config = json.dumps(get_config(model), indent=1)
     # torch's layers find the version of their state_dict there: MNASNet refuses one without
-    metadata = {METADATA: json.dumps(getattr(model.state_dict(), "_metadata", {}))}
+    versions = json.dumps(getattr(model.state_dict(), "_metadata", {}))
+    metadata = {METADATA: versions, "schema": SCHEMA, "version": VERSION}
     for name, write in ((TENSORS, lambda p: save_file(state, p, metadata)), (CONFIG, lambda p: p.write_text(config))):
         partial = folder / f"{name}.part"
         write(partial)
@@ -59,19 +61,30 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         the model, wrapped by NNCF, in eval mode.
 
     Raises:
-        StateMismatch: the folder belongs to another model.
+        StateMismatch: the folder belongs to another model or release, or a file is damaged.
         FileNotFoundError: a file is missing.
     """
     folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text())
-    state = OrderedDict(load_file(folder / TENSORS))
-    with safe_open(folder / TENSORS, "pt") as file:
-        metadata = (file.metadata() or {}).get(METADATA)
-    if metadata is not None:
-        state._metadata = json.loads(metadata)  # type: ignore[attr-defined]
-    loaded: nn.Module = load_from_config(model, config, allowed_modules=ALLOWED_MODULES)
     try:
+        config = json.loads((folder / CONFIG).read_text())
+        state = OrderedDict(load_file(folder / TENSORS))
+        with safe_open(folder / TENSORS, "pt") as file:
+            header = file.metadata() or {}
+        if METADATA in header:
+            state._metadata = json.loads(header[METADATA])  # type: ignore[attr-defined]
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise StateMismatch(f"{folder} is damaged ({type(error).__name__}: {error}). Save the model again.") from error
+    found = (header.get("schema", SCHEMA), header.get("version", VERSION))
+    if found != (SCHEMA, VERSION):
+        raise StateMismatch(f"{folder} holds {found[0]} of version {found[1]}; this release reads version {VERSION}.")
+    try:
+        loaded: nn.Module = load_from_config(model, config, allowed_modules=ALLOWED_MODULES)
         loaded.load_state_dict(state)
-    except RuntimeError as error:
-        raise StateMismatch(f"{folder} holds another model than {type(model).__name__}: {error}") from error
+    except DQAError:
+        raise
+    except Exception as error:  # NNCF finds out by whatever fails first: a missing key, a module, a hook's place
+        raise StateMismatch(
+            f"{folder} holds another model than {type(model).__name__}, or is damaged "
+            f"({type(error).__name__}: {error})."
+        ) from error
     return keep_eager(link(loaded)).eval()

@@ -25,6 +25,25 @@ def memory(operations: Sequence[Operation]) -> dict[Value, Value]:
     return root
 
 
+def dropped_writes(operations: Sequence[Operation]) -> list[Operation]:
+    """In-place operations whose result nothing reads, but whose memory is read again through another value.
+
+    A host that removes dead code without looking at memory (torch.fx) removes them, and the write is lost.
+
+    Args:
+        operations: in order of execution.
+    """
+    root = memory(operations)
+    read = {value for op in operations for value in op.inputs}
+    found = []
+    for i, op in enumerate(operations):
+        if op.writes and not any(value in read for value in op.outputs):
+            shared = {root.get(value, value) for value in op.writes}
+            if any(root.get(v, v) in shared for later in operations[i + 1 :] for v in later.inputs):
+                found.append(op)
+    return found
+
+
 def written_later(operations: Sequence[Operation]) -> set[Value]:
     """Values of which a copy would lose a write: some alias is written in place later, and one of before read again.
 

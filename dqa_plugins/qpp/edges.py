@@ -84,11 +84,16 @@ def _calls(model: GraphModule, name: str) -> Node:
 
 
 def _features(model: GraphModule, node: Node, site: str, mode: str) -> Node:
-    target = f"predictor_{site.replace('.', '_')}" + ("" if mode == "extended" else f"_{mode}")
     graph = model.graph
-    known = _first_call(model, target)
-    if known is not None:
-        return known
+    # by what it is of: 'a.b_c' and 'a_b.c' would give one name
+    for name, module in model.named_children():
+        if isinstance(module, SiteFeatures) and (module.site, module.mode) == (site, mode):
+            known = _first_call(model, name)
+            if known is not None:
+                return known
+    target = f"predictor_{site.replace('.', '_')}" + ("" if mode == "extended" else f"_{mode}")
+    while hasattr(model, target):
+        target += "_"
     try:
         tap = _calls(model, site)
         source = tap.args[0]
@@ -97,7 +102,7 @@ def _features(model: GraphModule, node: Node, site: str, mode: str) -> Node:
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         source = placeholders[int(site.removeprefix(INPUT + "."))]
         where = graph.inserting_after(placeholders[-1])
-    model.add_submodule(target, SiteFeatures(mode))
+    model.add_submodule(target, SiteFeatures(mode, site))
     with where:
         return graph.call_module(target, (source,))
 

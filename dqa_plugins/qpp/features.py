@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.method import Method
-from dqa_plugins.ranges import extents, lay_out, quantiles
+from dqa_plugins.ranges import extents, grouped, lay_out, quantiles
 from dqa_plugins.rounding import cast, compute_dtype
 
 LEVELS = (0.9, 0.99, 0.999)
@@ -21,7 +21,7 @@ SLOPES = 2 * (len(LEVELS) + 1)
 EXTENDED_FEATURES = PAPER_FEATURES + SLOPES + len(RAW_LEVELS) + 2
 SUMMARY_FEATURES = 2
 MOST_CHANNELS = 64  # channels of a summary; more are averaged in groups
-SMALLEST = 1e-12  # floor of what a logarithm is taken of
+SMALLEST, LARGEST = 1e-12, 1e38  # what a logarithm is taken of; squares of larger values overflow float32
 
 
 def site_size(mode: str) -> int:
@@ -30,8 +30,8 @@ def site_size(mode: str) -> int:
 
 
 def log(x: Tensor) -> Tensor:
-    """Natural logarithm, float64, of x or of the floor."""
-    return x.double().clamp(min=SMALLEST).log()
+    """Natural logarithm, float64, of x within its bounds."""
+    return x.double().clamp(SMALLEST, LARGEST).log()
 
 
 def mean_of(x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def site_features(x: Tensor, mode: str) -> Tensor:
             logs += [torch.ones_like(logs[0])] * (len(LEVELS) + 1)
     flat = values.flatten(1)
     mean = mean_of(flat)
-    spread = (mean_of(flat.square()) - mean.square()).clamp(min=0).sqrt()
+    spread = (mean_of(flat.square()) - mean.square()).clamp(0, LARGEST).sqrt()
     raw = [q.double() for q in quantiles(flat, RAW_LEVELS)]
     relative = torch.stack([*raw, mean, spread], 1) / logs[SCALE].clamp(min=SMALLEST).unsqueeze(1)
     return torch.cat([log(torch.stack(logs, 1)), relative], 1)
@@ -95,7 +95,7 @@ def channel_features(x: Tensor, axis: int) -> Tensor:
     Returns:
         (B, 2 * min(C, 64)) float64; more channels are averaged in groups of neighbours.
     """
-    values = x.movedim(axis, 1).flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+    values = grouped(x, "channel", axis)  # in float32: squares of half precision overflow from 256 on
     mean, square = mean_of(values.abs()), mean_of(values.square())
     channels = values.shape[1]
     if channels > MOST_CHANNELS:
@@ -124,18 +124,23 @@ def outside(x: Tensor, prediction: Tensor, axis: int) -> Tensor:
 
 
 class SiteFeatures(nn.Module):
-    """`site_features` as a module: the predictor node of a site in a converted graph."""
+    """`site_features` as a module: the predictor node of a site in a converted graph.
 
-    def __init__(self, mode: str) -> None:
+    Args:
+        mode: see `site_features`.
+        site: whose tensor it takes.
+    """
+
+    def __init__(self, mode: str, site: str = "") -> None:
         super().__init__()
-        self.mode = mode
+        self.mode, self.site = mode, site
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) to (B, features) float64, see `site_features`."""
         return site_features(x, self.mode)
 
     def extra_repr(self) -> str:
-        return f"mode={self.mode!r}"
+        return f"mode={self.mode!r}, site={self.site!r}"
 
 
 class OwnStatistic(nn.Module):

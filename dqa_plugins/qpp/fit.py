@@ -47,7 +47,9 @@ def fit(model: nn.Module) -> None:
     ]
     last = {earlier: name for name, _, predictor in wanted for earlier in predictor.history}  # who reads it last
     for name, quantizer, predictor in wanted:
-        predictor.reason = _fit_one(quantizer, predictor, summaries)
+        reason = _fit_one(quantizer, predictor, summaries)
+        # a site's own quantizer takes its statistic from the tensor at hand, whatever a fit would say
+        predictor.reason = "" if predictor.reads_itself(quantizer.name) else reason
         for earlier in [*predictor.history, quantizer.name]:
             if last.get(earlier, name) == name:  # memory does not grow with the depth of the network
                 summaries.pop(earlier, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -200,17 +201,41 @@ class Predictor(StateModule):
             "reason": self.reason,
         }
 
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """See `StateModule.shapes`."""
+        return {
+            **dict.fromkeys(("bias", "logarithmic", "low", "high", "static"), ("P",)),
+            "weight": ("K P",),
+            "rate": ("F",),
+            "centres": ("R F",),
+            "bumps": ("R P",),
+        }
+
+    def check_loaded(self, loaded: Mapping[str, Any], sizes: dict[str, int], label: str) -> None:
+        """See `StateModule.check_loaded`; with the rows of calibration."""
+        super().check_loaded(loaded, {**sizes, "F": site_size(self.mode)}, label)
+        rows = {k.removeprefix("record."): v for k, v in loaded.items() if k.startswith("record.")}
+        self.record.check_loaded(rows, {**sizes, "F": site_size(self.mode)}, label)
+
+    def check_description(self, state: Any, label: str) -> None:
+        """Refuse what `describe` does not give. Changes nothing.
+
+        Raises:
+            StateMismatch: a field is missing or of another type.
+        """
+        kinds: dict[str, Any] = {"groups": int, "axis": int, "signed": bool, "reason": str}
+        good = isinstance(state, dict) and all(type(state.get(key)) is kind for key, kind in kinds.items())
+        good = good and type(state.get("history")) is list and all(type(name) is str for name in state["history"])
+        if not good or not (state.get("site", 0) is None or type(state["site"]) is str) or state["groups"] < 0:
+            raise StateMismatch(f"{label}: the predictor in the state_dict is damaged: {state!r}.")
+
     def restore(self, state: dict[str, Any], label: str) -> None:
         """Inverse of `describe`.
 
         Raises:
             StateMismatch: it is not from there.
         """
-        try:
-            site, history, groups = state["site"], tuple(state["history"]), int(state["groups"])
-            axis, signed, reason = int(state["axis"]), bool(state["signed"]), str(state["reason"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateMismatch(f"{label}: the predictor in the state_dict is damaged ({error}).") from error
-        self.site = None if site is None else str(site)
-        self.history, self.groups, self.reason, self.own.signed = history, groups, reason, signed
-        self.summary.axis = self.own.axis = axis
+        self.check_description(state, label)
+        self.site, self.history, self.groups = state["site"], tuple(state["history"]), state["groups"]
+        self.reason, self.own.signed = state["reason"], state["signed"]
+        self.summary.axis = self.own.axis = state["axis"]

@@ -59,6 +59,18 @@ class SampleRecord(StateModule):
         self.register_buffer("means", torch.empty(0, **double))  # type: ignore[arg-type]
         self.register_buffer("elements", torch.zeros((), dtype=torch.int64, device=device))
 
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """See `StateModule.shapes`."""
+        return {
+            "samples": ("M",),
+            "features": ("M F",),
+            "channels": ("M H",),
+            "statistic": ("M S G",),
+            "tails": ("M 2 T G",),
+            "means": ("M",),
+            "elements": ("",),
+        }
+
     @property
     def count(self) -> int:
         """Rows."""

@@ -101,13 +101,15 @@ def _without_group(left: Tensor, shrink: Tensor, residual: Tensor, groups: Tenso
     hat = (left * shrink) @ left.T + 1.0 / count
     order = groups.argsort(stable=True)
     _, sizes = torch.unique_consecutive(groups[order], return_counts=True)
-    if int(sizes.max()) == 1 or int(sizes.min()) != int(sizes.max()):
-        return residual / (1 - hat.diagonal())[:, None].clamp(min=1e-6)
-    members = order.reshape(-1, int(sizes[0]))
-    blocks = hat[members[:, :, None], members[:, None, :]]
-    system = torch.eye(blocks.shape[1], dtype=hat.dtype, device=hat.device) - blocks
-    out = torch.empty_like(residual)
-    out[members.reshape(-1)] = torch.linalg.solve(system, residual[members]).reshape(count, -1)
+    starts = sizes.cumsum(0) - sizes
+    out = residual / (1 - hat.diagonal())[:, None].clamp(min=1e-6)
+    for size in sizes.unique().tolist():
+        if size == 1:
+            continue
+        members = order[starts[sizes == size, None] + torch.arange(size, device=order.device)]
+        blocks = hat[members[:, :, None], members[:, None, :]]
+        system = torch.eye(size, dtype=hat.dtype, device=hat.device) - blocks
+        out[members.reshape(-1)] = torch.linalg.solve(system, residual[members]).flatten(0, 1)
     return out
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dqa_plugins.batches import run_batches
 from dqa_plugins.errors import MissingDependency, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.metrics import failure_rate, prediction_error
 from dqa_plugins.quantizer import ActivationQuantizer
@@ -156,10 +157,11 @@ def qpp_report(model: nn.Module, batches: Iterable[Any]) -> QPPReport:
 
     Args:
         model: converted by any adapter, with QPP quantizers.
-        batches: of inputs, a tensor or a tuple of them each; held-out samples.
+        batches: of inputs, a tensor, a tuple or a dict of them each; held-out samples.
 
     Raises:
-        UncalibratedQuantizer: a quantizer is not frozen.
+        UncalibratedQuantizer: a quantizer is not frozen, or there are no batches.
+        UnsupportedInput: a single batch was given.
         UnsupportedCombination: no quantizer of the model is predicted.
     """
     layers: dict[nn.Module, LayerReport] = {}
@@ -182,8 +184,7 @@ def qpp_report(model: nn.Module, batches: Iterable[Any]) -> QPPReport:
 
     hooks = [quantizer.register_forward_hook(note) for quantizer in layers]
     try:
-        for batch in batches:
-            model(*batch) if isinstance(batch, Sequence) else model(batch)
+        run_batches(model, batches, "qpp_report")
     finally:
         for hook in hooks:
             hook.remove()

@@ -61,7 +61,15 @@ class Checkpoint:
                 f"the checkpoint {str(path)!r} was made with other {', '.join(differing)}. Delete it, or give another "
                 "file name."
             )
-        return RankTable.from_dict(data.get("table"), f"{str(path)!r}").to_dict()
+        table = RankTable.from_dict(data.get("table"), f"{str(path)!r}")
+        expected = [(name, channels) for name, channels, *_ in self.identity.get("layers", [])]
+        done = [(layer.name, layer.channels) for layer in table]
+        if done != expected[: len(done)]:
+            raise RankTableError(
+                f"{str(path)!r}: its table ranks {done[:3]}, the search goes through {expected[:3]}; the file is "
+                "damaged. Delete it."
+            )
+        return table.to_dict()
 
     def add(self, layer: LayerRanks) -> None:
         """Remember a ranked layer, on disk too."""

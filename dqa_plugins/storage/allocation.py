@@ -126,6 +126,7 @@ def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: fl
     Raises:
         UnsupportedCombination: no DQA sites, or they are frozen. UncalibratedQuantizer: no data seen.
         InvalidMethod: the target cannot be met within [1 - bits, bits].
+        NonFiniteInput: a batch makes NaN or Inf, in values or gradients.
         RanksDiffer: ranks were given different models or data. RankLost: a rank died, raised, or did not call within
             the group's timeout.
     """

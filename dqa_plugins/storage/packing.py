@@ -51,10 +51,13 @@ def pack(
     check_coding(coding)
     check_quantizer(quantizer)
     if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.ndim == 0:
-        what = f"{x.dtype}, shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        what = f"{x.dtype}, {x.ndim}-d" if isinstance(x, Tensor) else type(x).__name__
         raise NotPackable(
             f"{quantizer.label} packs (B, ...) tensors of float16, bfloat16, float32, float64; got {what}."
         )
+    if x.is_nested or x.layout != torch.strided or x.is_meta:
+        kind = "nested" if x.is_nested else "meta" if x.is_meta else str(x.layout).removeprefix("torch.")
+        raise NotPackable(f"{quantizer.label} packs dense tensors; got a {kind} one. Make it dense before.")
     shape, dtype = tuple(x.shape), x.dtype
     if x.numel() > LARGEST:
         raise NotPackable(f"{quantizer.label} packs up to 2^31 - 1 values, got {x.numel()}; use smaller batches.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..errors import UnsupportedCombination
+from ..errors import NonFiniteInput, UnsupportedCombination
 from ..metrics import cross_entropy
 from ..processes import Processes
 from ..ranking.identity import digest
@@ -140,7 +140,17 @@ class _Gradients:
         found = {}
         for call, ((number, value), gradient) in enumerate(zip(self._values, gradients, strict=True)):
             square = torch.zeros_like(value) if gradient is None else gradient.square()
+            _require_finite(self.sites[number], value, square)
             rows = square.double().movedim(self.sites[number].quantizer.channel_axis, 0).flatten(1)
             found[f"{call} {number} {rows.shape[1]}"] = rows.sum(1).cpu()
         self._outputs, self._values = None, []
         return found
+
+
+def _require_finite(site: StoredSite, value: Tensor, square: Tensor) -> None:
+    for what, tensor in (("values", value), ("squared gradients", square)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteInput(
+                f"{site.quantizer.label}: allocate_bits got a batch with {int((~torch.isfinite(tensor)).sum())} {what} "
+                f"that are NaN or Inf, of shape {tuple(value.shape)}. Find the sample, or the layer, that makes them."
+            )

@@ -201,3 +201,41 @@ def test_tensors_beyond_two_to_the_31_values_are_refused(method):
             q(huge)
     with pytest.raises(errors.DQAError, match=r"'layer2\.0'.*2\^31 - 1 values, got 10737418240"):
         pack(huge, q)
+
+
+@pytest.mark.parametrize("state", ["observe", "frozen"])
+@pytest.mark.parametrize("how", ["coo", "csr", "mkldnn", "nested", "jagged", "e4m3fn", "e5m2", "e8m0fnu", "float4"])
+def test_layouts_and_dtypes_without_arithmetic(how, state):
+    q = calibrated(Direct(), [data(2, 3)], freeze=state == "frozen", name="layer1.relu")
+    rows = [torch.ones(2, 3), torch.ones(1, 3)]
+    bad = {
+        "coo": lambda: data(2, 3).to_sparse(),
+        "csr": lambda: data(2, 3).to_sparse_csr(),
+        "mkldnn": lambda: data(2, 3).to_mkldnn(),
+        "nested": lambda: torch.nested.nested_tensor(rows),
+        "jagged": lambda: torch.nested.nested_tensor(rows, layout=torch.jagged),
+        "e4m3fn": lambda: data(2, 3).to(torch.float8_e4m3fn),
+        "e5m2": lambda: data(2, 3).to(torch.float8_e5m2),
+        "e8m0fnu": lambda: data(2, 3).to(torch.float8_e8m0fnu),
+        "float4": lambda: torch.zeros(2, 3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    }[how]()
+    with pytest.raises(errors.UnsupportedInput, match=r"'layer1\.relu'.*(Make it dense|Convert it)"):
+        q(bad)
+
+
+def test_meta_tensors_are_quantized_and_not_observed():
+    q = ActivationQuantizer(Direct(), name="layer1.relu")
+    with pytest.raises(errors.UnsupportedInput, match=r"'layer1\.relu'.*meta"):
+        q(data(2, 3).to("meta"))
+    frozen = calibrated(DQA(qparams="dynamic"), [data(2, 3)])
+    assert frozen(torch.empty(5, 3, dtype=torch.float16, device="meta")).shape == (5, 3)
+
+
+@pytest.mark.parametrize("qparams", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", [DenseSparse, Direct])
+def test_a_range_wider_than_float32(kind, qparams):
+    """-1.6e38 to 1.6e38 and more: b - a overflows, the grid does not."""
+    fields = {"symmetric": False} if kind is Direct else {"signed": True, "density": 0.0}
+    x = torch.linspace(-1, 1, 64).reshape(2, 4, 8) * 3e38
+    q = calibrated(kind(bits=8, qparams=qparams, **fields), [x])
+    assert float((q(x) / 1e38 - x / 1e38).abs().max()) <= 6 / 255

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, Method, NoisyQuant, register_method
-from dqa_plugins import functional as F
 from dqa_plugins.errors import InvalidMethod, NotAMethod, StateMismatch
 from dqa_plugins.grid import Grid, QParams
 from dqa_plugins.methods import METHODS
-from tests.compare import assert_exact, calibrated
+from tests.compare import assert_exact, by_the_papers, calibrated
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 FOUR = [
@@ -39,23 +38,6 @@ def data(dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
     x[:, :, :3] = torch.round(x[:, :, :3] * 4) / 4
     x[:, 2], x[3] = 0.0, 0.25 * scale
     return x.to(dtype)
-
-
-def by_the_papers(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
-    """`functional` with the parameters of a frozen quantizer."""
-    method, axis = quantizer.method, quantizer.channel_axis
-    scale, lower, upper = quantizer.runtime_qparams(x)
-    if isinstance(method, DenseSparse):
-        return F.dense_sparse_fake_quantize(x, lower, upper, method.bits)
-    if scale is None:
-        return F.affine_fake_quantize(x, lower, upper, method.bits)
-    if isinstance(method, DQA):
-        extra = quantizer.extra_bits
-        return F.dqa_fake_quantize(x, scale, extra, method.bits, signed=quantizer.signed, channel_axis=axis)
-    if isinstance(method, NoisyQuant):
-        noise = quantizer.noise
-        return F.noisyquant_fake_quantize(x, scale, noise, method.bits, signed=quantizer.signed, channel_axis=axis)
-    return F.direct_fake_quantize(x, scale, method.bits, signed=quantizer.signed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

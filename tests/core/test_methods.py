@@ -182,3 +182,14 @@ def test_unknown_names_and_fields_in_a_dict():
 def test_the_base_class_is_no_method():
     with pytest.raises(NotAMethod):
         method_to_dict(Method())
+
+
+@pytest.mark.parametrize("saved", [{"method": []}, {"method": None}, {"method": {}}, [], "dqa", None, 4])
+def test_what_is_no_saved_method(saved):
+    with pytest.raises(NotAMethod):
+        method_from_dict(saved)
+
+
+def test_fields_that_are_no_text_are_named():
+    with pytest.raises(InvalidMethod, match="no field 3"):
+        method_from_dict({"method": "dqa", 3: 4})

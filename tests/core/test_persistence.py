@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -213,3 +214,53 @@ def test_an_extra_state_that_no_quantizer_writes_is_refused(key, value):
     with pytest.raises(StateMismatch, match=rf"'layer1\.relu'.*{key}={re.escape(repr(value))}"):
         q.load_state_dict(state)
     assert same_bits(q(data(1)), expected)
+
+
+def reshaped(value: torch.Tensor) -> torch.Tensor:
+    return torch.cat([value.flatten(), value.flatten()])[None]
+
+
+EDITS = {
+    "scale of another shape": ("scale", reshaped),
+    "scale of complex numbers": ("scale", lambda value: value.to(torch.complex64)),
+    "sparse scale": ("scale", lambda value: value.reshape(1).to_sparse()),
+    "vector of other channels": ("extra_bits", lambda value: torch.cat([value, value])),
+    "no vector": ("extra_bits", lambda value: value[:0]),
+    "no scale": ("scale", lambda value: torch.empty(0)),
+    "kept values of another number": ("calibration.kept_sample", lambda value: value[:-1]),
+    "counts of nobody": ("calibration.counts", lambda value: value + 1),
+    "maximum of NaN": ("calibration.maximum", lambda value: value * float("nan")),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_buffers_that_no_calibration_gives_are_refused_before_any_is_loaded(edit):
+    """Those of the record inside as well; the quantizer stays as it was."""
+    key, change = EDITS[edit]
+    frozen = "calibration" not in key
+    batch = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    state = calibrated(DQA(bits=4), [batch], freeze=frozen, name="layer1.relu").state_dict()
+    state[key] = change(state[key])
+    other = calibrated(DQA(bits=4), [batch * 2], freeze=frozen, name="layer1.relu")
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(StateMismatch, match=r"'layer1\.relu'"):
+        other.load_state_dict(state)
+    assert all(same_bits(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_the_extra_state_says_its_version():
+    """States of earlier releases have none and load; those of later ones are refused."""
+    q = calibrated(DQA(bits=4), [torch.randn(4, 5, 3, 3)])
+    fields = json.loads(bytes(q.get_extra_state().numpy()))
+    assert fields["version"] == 1
+    for version, good in ((None, True), (2, False), (True, False)):
+        changed = {**fields, "version": version}
+        if version is None:
+            del changed["version"]
+        state = q.state_dict() | {"_extra_state": to_bytes(changed)}
+        other = ActivationQuantizer(DQA(bits=4), name="layer1.relu")
+        if good:
+            other.load_state_dict(state)
+        else:
+            with pytest.raises(StateMismatch, match=f"version {version}"):
+                other.load_state_dict(state)

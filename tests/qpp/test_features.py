@@ -78,3 +78,17 @@ def test_shares_between_tail_points_are_close_to_the_counts(signed: bool) -> Non
     for factor in (0.8, 1.0, 1.2):
         wanted = outside(x, values * factor, 1) / x[0].numel()
         torch.testing.assert_close(record.share_beyond(values * factor), wanted, rtol=0.15, atol=3e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened_before_it_is_squared(dtype: torch.dtype) -> None:
+    x = (torch.rand(3, 4, 6, 5, generator=torch.Generator().manual_seed(0)) * 60_000).to(dtype)
+    assert torch.equal(channel_features(x, 1), channel_features(x.float(), 1))
+    assert torch.isfinite(channel_features(x, 1)).all()
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e38])
+def test_features_of_values_whose_squares_overflow_are_finite(scale: float) -> None:
+    x = (torch.rand(3, 4, 6, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1) * scale
+    assert torch.isfinite(site_features(x, "extended")).all()
+    assert torch.isfinite(Summary(1)(x, torch.full((3, 2, 1), scale))).all()

@@ -16,6 +16,7 @@ from dqa_plugins import (
     ActivationQuantizer,
     DenseSparse,
     Direct,
+    DQAError,
     DQAWarning,
     Method,
     NoisyQuant,
@@ -28,6 +29,7 @@ from dqa_plugins.metrics import density, failure_rate, prediction_error
 from dqa_plugins.qpp import Forwards, connect, fit, link, qpp_report
 from dqa_plugins.qpp.augment import change
 from dqa_plugins.qpp.session import end
+from dqa_plugins.report import activation_report
 from tests.qpp.connected import calibrate_connected
 
 METHODS: dict[str, Method] = {
@@ -404,3 +406,27 @@ def test_metrics() -> None:
     assert failure_rate(torch.empty(0)) != failure_rate(torch.empty(0))
     error = prediction_error(torch.tensor([[1.1, 2.0], [0.5, 4.0]]), torch.tensor([[1.0, 2.0], [0.0, 4.0]]))
     torch.testing.assert_close(error, torch.tensor([0.05, 0.0625], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_a_site_that_uses_its_own_statistic_is_not_called_static() -> None:
+    """Too few samples to fit: relu1 and relu2 fall back, the site relu0 takes its statistic from the tensor at hand."""
+    method = DenseSparse(qparams=QPP(augment=False))
+    with pytest.warns(DQAWarning, match=r"static parameters at 'relu1', 'relu2': 4 calibration samples"):
+        model = calibrate(method, inputs(4))
+    first = dict(iter_quantizers(model))["relu0"]
+    assert first.predictor.reason == ""
+    x = torch.rand(3, 4, 12, 12) * torch.tensor([1.0, 5.0, 50.0]).reshape(-1, 1, 1, 1)
+    own = ActivationQuantizer(method.replace(qparams="dynamic"), name="relu0")
+    own(x)
+    assert torch.equal(first(x), own.freeze()(x))
+
+
+@pytest.mark.parametrize(("batches", "error"), [(torch.rand(3, 3, 12, 12), "UnsupportedInput"), ([], "Uncalibrated")])
+def test_reports_refuse_what_is_no_list_of_batches(batches: Any, error: str) -> None:
+    model = calibrate(DenseSparse(qparams=QPP(augment=False, sites=("input",))), inputs(16))
+    for report in (qpp_report, activation_report):
+        with pytest.raises(DQAError, match=rf"{report.__name__}") as raised:
+            report(model, batches)
+        assert type(raised.value).__name__.startswith(error)
+    with pytest.raises(UnsupportedCombination, match="no quantizers"):
+        activation_report(torch.nn.ReLU(), [torch.ones(1)])

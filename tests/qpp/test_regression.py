@@ -79,3 +79,14 @@ def test_rank_does_not_depend_on_units() -> None:
     features, _ = data(20, 3, 1, 4)
     assert rank(features * torch.tensor([1e-8, 1.0, 1e8])) == 3
     assert rank(torch.cat([features, features[:, :1] * 2], 1)) == 3
+
+
+def test_groups_of_several_sizes_are_left_out_whole() -> None:
+    """One sample lost its augmented version: the others are still left out with theirs."""
+    features, wanted = data(20, 4, 1, 2)
+    groups = torch.arange(10).repeat(2)
+    whole = ridge(features, wanted, groups)
+    uneven = ridge(features[:19], wanted[:19], groups[:19])
+    alone = ridge(features[:19], wanted[:19], torch.arange(19))
+    assert float((uneven.held_out - alone.held_out).abs().max()) > 1e-4
+    torch.testing.assert_close(uneven.held_out[:9], whole.held_out[:9], rtol=0.05, atol=0.05)

@@ -161,3 +161,55 @@ def test_rows_past_the_limit_stay(monkeypatch: pytest.MonkeyPatch) -> None:
             model.relu0(torch.rand(16, 4, 12, 12) * factor)
         end(session)
     assert torch.equal(model.relu0.predictor.record.statistic[:16], before[:16])
+
+
+def test_the_batch_that_reaches_the_limit_keeps_its_augmented_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its originals are alone, and leave-group-out sees the twins of none."""
+    from dqa_plugins.qpp import record
+
+    monkeypatch.setattr(record, "LIMIT", 20)
+    model = prepared()
+    with torch.no_grad():
+        for _ in range(4):
+            model(inputs(6))
+    for _, quantizer in iter_quantizers(model):
+        _, counts = quantizer.predictor.record.samples.unique(return_counts=True)
+        assert counts.tolist() == [2] * 12
+
+
+class Colliding(nn.Module):
+    """Sites 'a.b_c' and '<second>.c'."""
+
+    def __init__(self, second: str) -> None:
+        super().__init__()
+        self.second = second
+        self.c0, self.c1, self.c2 = (nn.Conv2d(i, 4, 3, padding=1) for i in (4, 4, 4))
+        for name, inner in (("a", "b_c"), (second, "c")):
+            self.add_module(name, nn.Module())
+            getattr(self, name).add_module(inner, nn.ReLU())
+        self.r = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c1(self.a.b_c(self.c0(x)))
+        return self.r(self.c2(getattr(self, self.second).c(x)))
+
+
+def test_sites_that_collide_without_their_dots_have_predictors_of_their_own() -> None:
+    """'a.b_c' and 'a_b.c': what stands behind the second reads the second."""
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    from dqa_plugins.adapters.fx import get_qconfig_mapping
+
+    found = []
+    for second in ("a_b", "zz"):
+        torch.manual_seed(0)
+        source = QPP(mode="paper", intercept=True, sites=("a.b_c", f"{second}.c"))
+        method = DenseSparse(qparams=source)
+        mapping = get_qconfig_mapping(method, weight_bits=None)
+        prepared = prepare_fx(Colliding(second).eval(), mapping, (torch.rand(2, 4, 8, 8),))
+        with torch.no_grad():
+            for seed in range(12):
+                generator = torch.Generator().manual_seed(seed)
+                prepared(torch.rand(4, 4, 8, 8, generator=generator) * (1 + seed))
+            found.append(convert_fx(prepared)(torch.rand(4, 4, 8, 8, generator=generator)))
+    assert torch.equal(*found)

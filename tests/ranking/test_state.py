@@ -273,3 +273,18 @@ def test_the_same_in_inference_mode() -> None:
     with torch.inference_mode():
         inside = rank_channels(build(graph=True), labelled(), progress=False)
     assert inside == rank_channels(build(graph=True), labelled(), progress=False)
+
+
+def test_a_checkpoint_whose_table_is_of_other_layers(tmp_path: Path) -> None:
+    """Its identity is right, its table is not: another name, another number of channels, another order."""
+    path = tmp_path / "ranking.json"
+    table = rank_channels(build(), labelled(), checkpoint=path, progress=False)
+    whole = json.loads(path.read_text())
+    first, second = whole["table"]["layers"]
+    shorter = {**first, "order": [0], "scores": [0.5], "losses": None}
+    for layers in ([{**first, "name": "q9"}, second], [shorter, second], [second, first], [second]):
+        path.write_text(json.dumps({**whole, "table": {**whole["table"], "layers": layers}}))
+        with pytest.raises(RankTableError, match=r"ranking\.json.*damaged"):
+            rank_channels(build(), labelled(), checkpoint=path, progress=False)
+    path.write_text(json.dumps({**whole, "table": {**whole["table"], "layers": [first]}}))
+    assert rank_channels(build(), labelled(), checkpoint=path, progress=False) == table

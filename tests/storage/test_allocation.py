@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dqa_plugins import DQA, Direct, iter_quantizers
-from dqa_plugins.errors import InvalidMethod, UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.errors import InvalidMethod, NonFiniteInput, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.storage import allocate_bits, convert_stored, prepare_stored, storage_report
 from tests.storage.test_pipeline import fake_quantized, network
 
@@ -67,3 +67,14 @@ def test_bad_requests() -> None:
     direct = prepare_stored(model, Direct(), x[:2])
     with pytest.raises(UnsupportedCombination, match="DQA"):
         allocate_bits(direct, [x])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_batches_with_nan_are_refused(bad: float) -> None:
+    """It would spread over every channel; the vectors stay as they were."""
+    prepared, x = prepared_with()
+    x[3, 0, 4, 4] = bad
+    before = {name: q.extra_bits.clone() for name, q in iter_quantizers(prepared)}
+    with pytest.raises(NonFiniteInput, match=r"allocate_bits got a batch with \d+ values"):
+        allocate_bits(prepared, [x], 2.0)
+    assert all(torch.equal(q.extra_bits, before[name]) for name, q in iter_quantizers(prepared))

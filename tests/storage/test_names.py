@@ -84,3 +84,24 @@ def test_added_names_are_the_same_each_time() -> None:
         prepared(x)
         states.append(list(convert_stored(prepared).state_dict()))
     assert states[0] == states[1]
+
+
+class Self(nn.Module):
+    """A layer called self, whose value is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("self", nn.Conv2d(3, 3, 1))
+        self.last = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.get_submodule("self")(x)
+        return self.last(x.relu()) + x
+
+
+def test_a_layer_called_self() -> None:
+    """torch.fx alone writes code for it in which the layer's result hides the model."""
+    model, x = Self().eval(), torch.randn(2, 3, 4, 4)
+    prepared = prepare_stored(model, DQA(bits=8, extra_bits=8), x)
+    prepared(x)
+    torch.testing.assert_close(convert_stored(prepared)(x), model(x), rtol=0, atol=0.1)

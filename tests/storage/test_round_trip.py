@@ -165,6 +165,16 @@ def test_wrong_input_names_the_layer_and_the_way_out() -> None:
         pack(x, observing)
 
 
+@pytest.mark.parametrize("how", ["sparse", "mkldnn", "nested", "meta"])
+def test_tensors_that_are_not_dense_are_refused(how: str) -> None:
+    x = tensor((2, 4, 5), 0, "normal")
+    quantizer = quantizer_for(DQA(), x)
+    makers = {"sparse": x.to_sparse, "mkldnn": x.to_mkldnn, "meta": lambda: x.to("meta")}
+    other = makers.get(how, lambda: torch.nested.nested_tensor([*x]))()
+    with pytest.raises(NotPackable, match=rf"'block\.relu'.*{how}"):
+        pack(other, quantizer)
+
+
 def test_auto_is_never_larger_than_fixed_width() -> None:
     """Tables from smooth data, then white noise over the whole range: the coder can only lose."""
     smooth = tensor((4, 8, 64, 64), 0, "normal") * 0.01

@@ -68,7 +68,11 @@ def trace(model: nn.Module) -> GraphModule:
     if isinstance(model, GraphModule):
         return model
     try:
-        return GraphModule(model, _QuantizerTracer().trace(model), type(model).__name__)
+        graph = _QuantizerTracer().trace(model)
+        for node in graph.nodes:
+            if node.name == "self":  # a layer of that name: torch.fx (2.13) writes code in which it hides the model
+                node._rename("self_layer")
+        return GraphModule(model, graph, type(model).__name__)
     except Exception as error:
         raise TraceFailed(
             f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). Wrap the part that "

@@ -11,7 +11,14 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant
 from dqa_plugins.adapters.fx import dqa_qconfig, get_qconfig, get_qconfig_mapping, hooks
-from dqa_plugins.errors import FrameworkMismatch, InvalidMethod, NonFiniteInput, NotAMethod, UncalibratedQuantizer
+from dqa_plugins.errors import (
+    FrameworkMismatch,
+    InvalidMethod,
+    NonFiniteInput,
+    NotAMethod,
+    UncalibratedQuantizer,
+    UnsupportedCombination,
+)
 from tests.nets import build, inputs
 
 
@@ -126,3 +133,31 @@ def test_more_than_99_percent_zeros() -> None:
     prepared(x)
     with torch.no_grad():
         assert torch.isfinite(convert_fx(prepared)(x)).all()
+
+
+class WritesThroughAView(torch.nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.how = torch.nn.Conv2d(3, 3, 1), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        y = x * 1.5
+        if self.how == "dropped":
+            y.view(y.shape[0], 3, -1).add_(1.0)
+        else:
+            y = y.view(y.shape[0], 3, 16).add_(1.0).view(y.shape[0], 3, 4, 4)
+        return y + x
+
+
+def test_a_write_through_a_view_that_torch_fx_drops_is_refused() -> None:
+    """Dead code for torch.fx, so that stock FX drops it too; a write that it keeps is quantized as it is."""
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    fine = get_qconfig_mapping(DQA(bits=8, extra_bits=8, ratio=1.0), weight_bits=None)
+    with pytest.raises(UnsupportedCombination, match=r"'add\.0' \(add_\) writes in place through a view.*PT2E"):
+        prepare_fx(WritesThroughAView("dropped").eval(), fine, (x,))
+    model = WritesThroughAView("read").eval()
+    with torch.no_grad():
+        prepared = prepare_fx(model, fine, (x,))
+        prepared(x)
+        torch.testing.assert_close(convert_fx(prepared)(x), model(x), rtol=0, atol=1e-2)

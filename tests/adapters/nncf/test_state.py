@@ -13,6 +13,7 @@ import nncf
 import pytest
 import torch
 from nncf.torch import get_config, load_from_config
+from safetensors.torch import load_file, save_file
 
 from dqa_plugins import ActivationQuantizer, iter_quantizers
 from dqa_plugins.adapters.nncf import ALLOWED_MODULES, load, quantize, save
@@ -158,3 +159,33 @@ def test_strip(weights: dict[str, Any] | None) -> None:
 def test_half_keeps_the_parameters_of_quantizers() -> None:
     model = quantized("residual").half()
     assert all(q.scale.dtype == torch.float32 for _, q in iter_quantizers(model))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _deep(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+def _other_version(path: Path) -> None:
+    save_file(load_file(path), path, {"schema": "dqa_plugins.nncf_model", "version": "9"})
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "text"),
+    [
+        ("config.json", _cut, "damaged"),
+        ("config.json", _deep, "damaged"),
+        ("config.json", lambda path: path.write_text("{}"), "damaged"),
+        ("model.safetensors", _cut, "damaged"),
+        ("model.safetensors", lambda path: path.write_bytes(b""), "damaged"),
+        ("model.safetensors", _other_version, "version 9"),
+    ],
+)
+def test_damaged_folders_are_refused_by_name(file: str, damage: Any, text: str, tmp_path: Path) -> None:
+    save(quantized("residual"), tmp_path / "saved")
+    damage(tmp_path / "saved" / file)
+    with pytest.raises(StateMismatch, match=rf"saved.*{text}"):
+        load(build("residual"), tmp_path / "saved")

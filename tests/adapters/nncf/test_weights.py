@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nncf.torch.quantization.layers import BaseQuantizer
 from torch import Tensor, nn
 
 from dqa_plugins.adapters.nncf import NNCFQuantizer, bake_weights, load, quantize, save
-from dqa_plugins.errors import ExportFailed
+from dqa_plugins.errors import DQAWarning, ExportFailed
 from tests.adapters.nncf.models import batches, build, config, outputs_of_modules, quantized
 from tests.compare import assert_exact
 
@@ -198,3 +199,17 @@ def _points(model: nn.Module) -> list[str]:
         if isinstance(module, BaseQuantizer) and name.startswith("pre_hooks") and "embedding" in name:
             found.setdefault(id(module), []).append(name)
     return max(found.values(), key=len)
+
+
+def test_predicted_parameters_go_without_bias_correction_and_say_so() -> None:
+    """It runs parts of the model, which have no features to predict from; augmentation stays."""
+    predicted, data = {"mode": "dense_sparse", "qparams": {"mode": "extended"}}, nncf.Dataset(batches("residual", 12))
+    with pytest.warns(DQAWarning, match=r"bias correction is left out.*bias_correction to false"):
+        model = quantize(build("residual"), data, config(predicted, weights={}))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        plain = quantize(build("residual"), data, config(predicted, weights={}, bias_correction=False))
+    assert not [w for w in found if "bias correction" in str(w.message)]
+    x = batches("residual")[0]
+    assert_exact(model(x), plain(x))
+    assert torch.equal(model.fc.bias, build("residual").fc.bias)
