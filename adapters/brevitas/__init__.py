@@ -25,13 +25,17 @@ try:
 except ImportError as error:
     raise missing("brevitas", "brevitas", "dqa_plugins.adapters.brevitas") from error
 
+from dqa_plugins.host.weights import install_reader, quantized_weights
+
 from .config import DenseSparseAct, DirectAct, DQAAct, NoisyQuantAct, get_act_quant
 from .convert import quantize_model, start_qat
 from .hooks import install
 from .proxy import PluginActProxy
 from .substitute import substitute_layers
+from .weights import read_weights
 
 install()
+install_reader("brevitas", read_weights)
 
 __all__ = [
     "DQAAct",
@@ -41,6 +45,7 @@ __all__ = [
     "PluginActProxy",
     "get_act_quant",
     "quantize_model",
+    "quantized_weights",
     "start_qat",
     "substitute_layers",
 ]

@@ -7,6 +7,8 @@
 Importing this room installs its hooks into torch.ao (see `hooks`).
 """
 
+from dqa_plugins.host.weights import install_reader, quantized_weights
+
 from .config import (
     PluginQConfigMapping,
     dense_sparse_qconfig,
@@ -20,8 +22,10 @@ from .config import (
 from .convert import quantize_model
 from .hooks import install
 from .observer import FXObserver
+from .weights import read_weights
 
 install()
+install_reader("fx", read_weights)
 
 __all__ = [
     "FXObserver",
@@ -34,4 +38,5 @@ __all__ = [
     "noisyquant_qconfig",
     "qpp_qconfig",
     "quantize_model",
+    "quantized_weights",
 ]

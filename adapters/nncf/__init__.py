@@ -24,12 +24,16 @@ from .host import check_framework
 
 check_framework()
 
+from dqa_plugins.host.weights import install_reader, quantized_weights  # noqa: E402
+
 from .config import InvalidConfig  # noqa: E402 - the check comes before anything that stands on NNCF's internals
 from .convert import quantize, quantize_model  # noqa: E402
 from .hooks import register, unregister  # noqa: E402
 from .observer import NNCFQuantizer  # noqa: E402
 from .saving import ALLOWED_MODULES, load, save  # noqa: E402
-from .weights import bake_weights  # noqa: E402
+from .weights import bake_weights, read_weights  # noqa: E402
+
+install_reader("nncf", read_weights)
 
 __all__ = [
     "ALLOWED_MODULES",
@@ -39,6 +43,7 @@ __all__ = [
     "load",
     "quantize",
     "quantize_model",
+    "quantized_weights",
     "register",
     "save",
     "unregister",

@@ -16,9 +16,6 @@ class EagerForward(ForwardWithHooks):
     `torch.compile(torch.export.export(model, inputs).module(), fullgraph=True)`.
     """
 
-    compile_by_export = True
-    """For `export`: compile what torch.export makes of the model."""
-
     __call__ = torch.compiler.disable(ForwardWithHooks.__call__)
 
 

@@ -9,6 +9,7 @@ they compute NNCF's formula in plain torch, bit for bit the same.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from dqa_plugins.errors import ExportFailed
+from dqa_plugins.host.weights import QuantizedWeight, WeightSite, hold
 
 
 def symmetric_quantize(weight: Tensor, quantizer: Any) -> Tensor:
@@ -219,3 +221,55 @@ def _baked(name: str, modules: list[BaseQuantizer], model: nn.Module) -> Tensor:
 def _quantized(module: Any, weight: Tensor) -> Tensor:
     kind = SymmetricWeight if isinstance(module, SymmetricQuantizer) else AsymmetricWeight
     return fake_quantize(weight, *kind.grid(module), module._level_high - module._level_low)
+
+
+def read_weights(model: nn.Module) -> Iterator[WeightSite]:
+    """The weights that our forms of NNCF's quantizers are hooked to.
+
+    A weight that several layers read through different quantizers is left out: it has no single form.
+    """
+    for path, wrapped in list(model.named_modules()):
+        if not is_wrapped(wrapped):
+            continue
+        found: dict[str, list[tuple[str, Any]]] = {}
+        for hook, module in get_hook_storage(wrapped).named_hooks():
+            # a quantizer that several weights share says at none of its hooks which one it reads: they stay as they are
+            if isinstance(module, _Exportable) and len(module.weight_names) == 1:
+                found.setdefault(module.weight_names[0], []).append((hook, module))
+        for name, hooks in found.items():
+            try:
+                _baked(name, [module for _, module in hooks], wrapped)
+            except ExportFailed:
+                continue
+            weight = _integers(hooks[0][1], wrapped.get_parameter(name).detach())
+            replace = _replacement(wrapped, name, weight, [hook for hook, _ in hooks])
+            yield WeightSite(f"{path}.{name}" if path else name, weight, replace)
+
+
+@torch.no_grad()
+def _integers(module: Any, weight: Tensor) -> QuantizedWeight:
+    """The codes behind `fake_quantize`, which divides them by 1 / step."""
+    low, span = module.grid()
+    steps = module._level_high - module._level_low
+    inverse = span.reciprocal() * steps
+    offset = (-low * inverse).round()
+    values = fake_quantize(weight, low, span, steps)
+    signed = bool(module._level_low < 0)  # symmetric; where no weight is negative NNCF's codes are unsigned
+    zero_point = torch.zeros_like(offset) if signed else offset
+    codes = ((values * inverse).round() + zero_point).to(torch.int8 if signed else torch.uint8)
+    found = QuantizedWeight.laid_out(codes, inverse.double().reciprocal(), zero_point.to(codes.dtype), weight.dtype)
+    if found is None:
+        raise ExportFailed(f"{module.weight_name!r} has a scale of shape {tuple(low.shape)}: one axis was expected.")
+    return found
+
+
+def _replacement(model: nn.Module, name: str, weight: QuantizedWeight, hooks: list[str]) -> Callable[[], None]:
+    def replace() -> None:
+        parameter = model.get_parameter(name)
+        for hook in hooks:
+            get_hook_storage(model).delete_hook(hook)
+        for module in list(model.modules()):
+            for own in [key for key, value in module._parameters.items() if value is parameter]:
+                hold(module, own, weight)
+
+    return replace

@@ -8,11 +8,15 @@
 Importing this room installs its hooks into torchao (see `hooks`).
 """
 
+from dqa_plugins.host.weights import install_reader, quantized_weights
+
 from .config import PluginQuantizer
 from .convert import quantize_model
 from .hooks import install
 from .observer import PT2EObserver
+from .weights import read_weights
 
 install()
+install_reader("pt2e", read_weights)
 
-__all__ = ["PT2EObserver", "PluginQuantizer", "quantize_model"]
+__all__ = ["PT2EObserver", "PluginQuantizer", "quantize_model", "quantized_weights"]

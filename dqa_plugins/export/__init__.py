@@ -1,18 +1,18 @@
 """Export of converted models, the same calls whichever adapter made them, and the proof of equal numbers."""
 
-from .backends import onnxruntime_session
-from .bake import bake
-from .compare import BackendParity, NetworkParity, QuantizerParity, compare_backends
+from .compare import compare_backends
 from .onnx import to_onnx
 from .openvino import to_openvino
-from .program import to_exported_program
+from .parity import BackendParity, NetworkParity, QuantizerParity
+from .program import make_program, to_exported_program
+from .runners import onnxruntime_session
 
 __all__ = [
     "BackendParity",
     "NetworkParity",
     "QuantizerParity",
-    "bake",
     "compare_backends",
+    "make_program",
     "onnxruntime_session",
     "to_exported_program",
     "to_onnx",

@@ -1,4 +1,4 @@
-"""Quantizers as the exporters want them: the same numerics with every constant precomputed.
+"""Quantizers for torch.export: the same numerics with every constant precomputed, and one operator at the end.
 
 An ActivationQuantizer lays its parameters out and checks channels in each forward. In an exported graph that would be
 fifty nodes per quantizer, most of them constants to fold. Here the grid is a set of buffers, one for each rank and
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.grid import Grid
+from dqa_plugins.operators import fake_quantize
 from dqa_plugins.qpp.predictor import Predictor
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.rounding import compute_dtype
@@ -37,15 +38,19 @@ class FrozenPredictor(nn.Module):
 
 
 class FrozenQuantizer(nn.Module):
-    """A frozen quantizer for tensors of known ranks. Outputs are those of the quantizer, bit for bit.
+    """A frozen quantizer for tensors of known ranks, ending in our fake_quantize operator.
+
+    Outputs are those of the quantizer, bit for bit.
 
     Args:
         quantizer: frozen.
         kinds: rank and compute dtype of each tensor it will see.
+        site: names the operator's calls; unique in a program. None: the quantizer's name.
     """
 
-    def __init__(self, quantizer: ActivationQuantizer, kinds: Iterable[Kind]) -> None:
+    def __init__(self, quantizer: ActivationQuantizer, kinds: Iterable[Kind], site: str | None = None) -> None:
         super().__init__()
+        self.site = quantizer.name if site is None else site
         # not a submodule: its buffers would become hundreds of unused inputs of the exported graph
         self._quantizer = (quantizer,)
         self.kinds = tuple(sorted(set(kinds), key=str))
@@ -93,13 +98,23 @@ class FrozenQuantizer(nn.Module):
                 prediction = original.predictor.predict(original, x, self.predictor)
         grid = self.constant_grid(x)
         if grid is None:
-            return original.grid(x, prediction).fake_quantize(x)
-        if original.method.qparams != "static":
+            grid = original.grid(x, prediction)
+        elif original.method.qparams != "static":
             scale = original.source.qparams(original, x, prediction).scale
             if scale is None:
                 raise TypeError("the grid of a range is no constant")
             grid = grid.scaled(scale)
-        return grid.fake_quantize(x)
+        return fake_quantize(x, grid, self.site)
+
+
+def unique(name: str, taken: set[str], numbered: str = "{}#{}") -> str:
+    """The name, with a number behind it where it is taken; adds it to those."""
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = numbered.format(name, number)
+    taken.add(found)
+    return found
 
 
 def _buffer(kind: Kind, field: str, part: int) -> str:
@@ -136,7 +151,12 @@ def freeze_for_export(model: nn.Module, inputs: Sequence[object]) -> nn.Module:
     finally:
         for hook in hooks:
             hook.remove()
-    frozen = {q: FrozenQuantizer(q, seen) for q, seen in kinds.items() if isinstance(q, ActivationQuantizer)}
+    frozen: dict[nn.Module, FrozenQuantizer] = {}
+    taken: set[str] = set()
+    for quantizer, seen in kinds.items():
+        if isinstance(quantizer, ActivationQuantizer):
+            site = unique(quantizer.name or "quantizer", taken)
+            frozen[quantizer] = FrozenQuantizer(quantizer, seen, site)
     if isinstance(model, ActivationQuantizer):
         return frozen[model]
     for path, module in list(model.named_modules(remove_duplicate=False)):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import nn
 
 from dqa_plugins.errors import ExportFailed, missing
 
-from .program import to_exported_program
-from .qdq import to_qdq
+from .expand import expand
+from .program import make_program
+from .qdq import qdq_forms
 
 MIN_OPSET, MAX_OPSET = 18, 23
 
@@ -60,7 +62,7 @@ def to_onnx(
     Args:
         model: converted by any adapter.
         example_inputs: a tensor or a tuple of them; the first dimension of the first one is the batch.
-        path: of the file; replaced only when the export succeeded.
+        path: of the file; what is there is replaced only when the export succeeded. A symbolic link stays one.
         dynamic_batch: leave the batch size open.
         opset: 18 to 23; int4 codes need 21 (below it form="qdq" writes int8).
         form: "float" or "qdq".
@@ -79,30 +81,58 @@ def to_onnx(
     if form not in ("float", "qdq"):
         raise ExportFailed(f"form={form!r}: one of 'float', 'qdq'.")
     _require_onnxscript()
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ExportFailed(f"{path}: the folder {path.parent} does not exist.")
-    finish = (lambda ready: to_qdq(ready, opset)) if form == "qdq" else None
-    program = to_exported_program(model, example_inputs, dynamic_batch=dynamic_batch, finish=finish)
-    return write_onnx(program, path, opset)
+    file = target(path)
+    program = make_program(model, example_inputs, dynamic_batch=dynamic_batch)
+    write_onnx(expand(program, qdq_forms(program, opset)) if form == "qdq" else expand(program), file, opset)
+    return Path(path)
+
+
+def target(path: str | os.PathLike[str]) -> Path:
+    """The file that a path stands for, behind symbolic links.
+
+    Raises:
+        ExportFailed: its folder does not exist, or something other than a regular file is there.
+    """
+    try:
+        file = Path(path).resolve()
+    except (OSError, RuntimeError) as error:
+        raise ExportFailed(f"{path}: {error}") from error
+    if not file.parent.is_dir():
+        raise ExportFailed(f"{path}: the folder {file.parent} does not exist.")
+    if file.exists() and not file.is_file():
+        raise ExportFailed(f"{path} is no regular file; give a path that is free, or a file to replace.")
+    return file
 
 
 def write_onnx(program: Any, path: Path, opset: int = 21) -> Path:
     """Write an ExportedProgram as an ONNX file, or nothing at all.
+
+    It is written in a new folder beside the file and moved into place: no other file is touched.
+
+    Args:
+        program: of `expand`.
+        path: of `target`.
 
     Raises:
         ExportFailed: the ONNX exporter failed.
         MissingDependency: onnx or onnxscript is not installed.
     """
     _require_onnxscript()
-    partial = path.with_name(path.name + ".part")
     try:
-        with _quiet(), torch.no_grad():
-            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
-            exported.save(str(partial))  # type: ignore[union-attr]
-        os.replace(partial, path)
+        with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
+            exported: Any = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+            _anonymous(exported.model)
+            exported.save(str(Path(folder) / path.name))
+            for part in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+                os.replace(part, path.with_name(part.name))  # the weights of large models first, then the file itself
     except Exception as error:
         raise ExportFailed(f"the ONNX exporter failed: {type(error).__name__}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
+
+
+def _anonymous(model: Any) -> None:
+    """Take out where nodes came from: lines of code, local paths, addresses."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in graph.all_nodes():
+            for entry in [key for key in node.metadata_props if "stack_trace" in key or "fx_node" in key]:
+                del node.metadata_props[entry]

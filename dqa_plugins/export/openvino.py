@@ -14,8 +14,9 @@ from dqa_plugins.errors import ExportFailed, missing
 from .onnx import to_onnx
 
 # On CPUs with AMX or AVX-512 BF16 OpenVINO computes in bfloat16 by default: errors up to 1 were seen on activations,
-# and every low-bit code moves. Compile with this configuration for the numbers of torch.
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+# and every low-bit code moves. Linear layers whose weights it can compress it runs with int8 activations. Compile with
+# this configuration for the numbers of torch.
+F32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 def require_openvino() -> Any:

@@ -1,20 +1,26 @@
-"""A converted model as a torch.export program: the door to every other format."""
+"""A converted model as a torch.export program: what every exporter starts from.
+
+`make_program` gives one node per quantizer call and one per quantized weight (see `operators`), `to_exported_program`
+the same in plain aten operations.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer
+from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.host.weights import weight_sites
 from dqa_plugins.sites import iter_quantizers
 
-from .bake import bake
+from .expand import expand
 from .frozen import freeze_for_export
 
 
@@ -27,11 +33,13 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
     return tuple(example_inputs)
 
 
+@torch.no_grad()
 def exportable(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """A copy of a converted model that torch.export takes: weights baked, quantizers with constant grids, eval mode.
+    """A copy of a converted model that torch.export takes: our operators for weights and quantizers, eval mode.
 
     Raises:
         UncalibratedQuantizer: a quantizer is not frozen; the model was not converted.
+        UnsupportedCombination: the model packs activations into bytes.
     """
     for name, quantizer in iter_quantizers(model):
         if quantizer.state != "frozen":
@@ -39,7 +47,16 @@ def exportable(model: nn.Module, example_inputs: Any) -> nn.Module:
                 f"'{name}' is in state {quantizer.state!r}: export takes converted models. Calibrate and convert the "
                 "model (or freeze the quantizer) first."
             )
-    ready = bake(model)
+    for path, module in model.named_modules():
+        # asked by name: importing storage would compile its kernels
+        if type(module).__module__.startswith("dqa_plugins.storage."):
+            raise UnsupportedCombination(
+                f"'{path}' packs a stored activation into bytes ({type(module).__name__}), which no export format has. "
+                "Export the model without stored activations: quantize it with an adapter."
+            )
+    ready = copy.deepcopy(model)
+    for site in list(weight_sites(ready)):
+        site.replace()
     # GraphModules made by torch.export refuse eval(); they are exported in the mode they are in
     if ready.training and not hasattr(ready, "_exported_training"):
         try:
@@ -66,52 +83,66 @@ def _dynamic_shapes(inputs: tuple[Any, ...], dynamic_batch: bool) -> tuple[Any, 
     return shapes, inputs
 
 
-def to_exported_program(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    dynamic_batch: bool = True,
-    finish: Callable[[nn.Module], nn.Module] | None = None,
-) -> Any:
-    """Export a converted model, or a single frozen ActivationQuantizer, with torch.export.
+def make_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> ExportedProgram:
+    """Export a converted model with our two operators unexpanded: what formats with integers of their own start from.
 
     Args:
-        model: converted by any adapter.
+        model: converted by any room, or a single frozen ActivationQuantizer.
         example_inputs: a tensor or a tuple of them; the first dimension of the first one is the batch.
         dynamic_batch: every tensor with the batch of the first one gets a dynamic first dimension.
-        finish: last change to the exportable copy (the ONNX exporter's compact form).
 
     Returns:
-        torch.export.ExportedProgram; outputs equal the model's (weights baked, plain aten operations).
+        a program whose outputs equal the model's. Quantizers are dqa_plugins::fake_quantize nodes, quantized weights
+        dqa_plugins::dequantize nodes that read integer buffers. It runs where this package is imported.
 
     Raises:
-        UncalibratedQuantizer, ExportFailed.
+        UncalibratedQuantizer: a quantizer is not frozen.
+        UnsupportedCombination: the model packs activations into bytes.
+        ExportFailed: torch.export failed.
     """
     inputs = as_inputs(example_inputs)
     shapes, inputs = _dynamic_shapes(inputs, dynamic_batch)
     ready = exportable(model, inputs)
-    if finish is not None:
-        ready = finish(ready)
     parameters = inspect.signature(ready.forward).parameters.values()
     named = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
     if shapes is not None and any(p.kind is p.VAR_POSITIONAL for p in parameters):
         shapes = (*shapes[:named], shapes[named:])  # torch.export takes *args as one nested argument
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                return torch.export.export(ready, inputs, dynamic_shapes=shapes)
-            except torch._dynamo.exc.UserError as error:
-                if "Constraints violated" not in str(error):
-                    raise
-                # a model that torch.export made keeps the range of its own batch dimension: take it as it is
-                open_range = torch.utils._pytree.tree_map_only(
-                    torch.export.Dim, lambda _: torch.export.Dim.DYNAMIC, shapes
-                )
-                return torch.export.export(ready, inputs, dynamic_shapes=open_range)
+        return _traced(ready, inputs, shapes)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise ExportFailed(
             f"torch.export failed: {type(error).__name__}: {reason[0] if reason else ''}. If the batch size is fixed "
             "inside the model, give dynamic_batch=False."
         ) from error
+
+
+def _traced(ready: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(ready, inputs, dynamic_shapes=shapes)
+        except torch._dynamo.exc.UserError as error:
+            if "Constraints violated" not in str(error):
+                raise
+            # a model that torch.export made keeps the range of its own batch dimension: take it as it is
+            open_range = torch.utils._pytree.tree_map_only(torch.export.Dim, lambda _: torch.export.Dim.DYNAMIC, shapes)
+            return torch.export.export(ready, inputs, dynamic_shapes=open_range)
+
+
+def to_exported_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> ExportedProgram:
+    """Export a converted model, or a single frozen ActivationQuantizer, with torch.export.
+
+    Args:
+        model: converted by any adapter.
+        example_inputs: a tensor or a tuple of them; the first dimension of the first one is the batch.
+        dynamic_batch: every tensor with the batch of the first one gets a dynamic first dimension.
+
+    Returns:
+        torch.export.ExportedProgram; outputs equal the model's. Plain aten operations, weights as float constants that
+        hold the dequantized numbers: a saved .pt2 opens and runs without this package.
+
+    Raises:
+        UncalibratedQuantizer, ExportFailed.
+    """
+    return expand(make_program(model, example_inputs, dynamic_batch=dynamic_batch))

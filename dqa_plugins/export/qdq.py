@@ -8,28 +8,35 @@ OpenVINO 2026.4 fails on QuantizeLinear along axis 0).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dqa_plugins.errors import UnsupportedCombination
-from dqa_plugins.quantizer import ActivationQuantizer
-from dqa_plugins.ranges import lay_out
+from dqa_plugins.grid import Grid
+from dqa_plugins.operators import FAKE_QUANTIZE, grid_of
 from dqa_plugins.rounding import code_range
 
-from .frozen import FrozenQuantizer
+from .expand import calls, constant_of
 
 _ONNX_TYPE = {(4, True): 22, (4, False): 21, (8, True): 3, (8, False): 2}  # onnx.TensorProto: INT4, UINT4, INT8, UINT8
 _TORCH_TYPE = {True: torch.int8, False: torch.uint8}
 INT4_OPSET = 21
 
 
-def unsupported(quantizer: ActivationQuantizer) -> str | None:
-    """Why a frozen quantizer has no QuantizeLinear form; None if it has one."""
-    if quantizer.method.qparams != "static":
-        return f"its qparams are {quantizer.method.qparams!r}, one scale per sample"
-    grid = quantizer.static_grid
+def unsupported(grid: Grid | None) -> str | None:
+    """Why a quantizer has no QuantizeLinear form; None if it has one.
+
+    Args:
+        grid: of constants; None: it depends on the input.
+    """
+    if grid is None:
+        return "its qparams are dynamic or predicted, one scale per sample"
     if grid.keep is not None:
         return "outliers stay in float"
     if grid.zero_point is not None:
@@ -39,58 +46,64 @@ def unsupported(quantizer: ActivationQuantizer) -> str | None:
     return None
 
 
-class QDQQuantizer(nn.Module):
-    """A frozen quantizer as QuantizeLinear and DequantizeLinear, for the ONNX exporter only.
+def qdq_forms(program: ExportedProgram, opset: int) -> Callable[..., Tensor]:
+    """What `expand` shall make of the fake_quantize calls: QuantizeLinear and DequantizeLinear.
 
     Args:
-        quantizer: static Direct (symmetric), DQA or NoisyQuant.
+        program: of `make_program`.
         opset: of the file; int4 needs 21, below it codes are int8.
 
     Raises:
-        UnsupportedCombination: the quantizer has no such form; the message says why.
+        UnsupportedCombination: a quantizer has no such form; the message names it and says why.
+    """
+    forms: dict[tuple[str, int], QDQForm] = {}
+    for node in calls(program, FAKE_QUANTIZE):
+        x, *arguments, site = node.args
+        values = tree_map_only(Node, lambda argument: constant_of(program, argument), arguments)
+        static = all(constant_of(program, a) is not None for a in tree_leaves(arguments) if isinstance(a, Node))
+        grid = grid_of(*values) if static else None
+        reason = unsupported(grid)
+        if grid is None or reason:
+            raise UnsupportedCombination(f"'{site}' has no QuantizeLinear form: {reason}. Use form='float'.")
+        forms[str(site), x.meta["val"].ndim] = QDQForm(grid, opset)  # type: ignore[union-attr]
+
+    def quantizer(x: Tensor, *arguments: Any) -> Tensor:
+        return forms[arguments[-1], x.ndim](x, grid_of(*arguments[:-1]))
+
+    return quantizer
+
+
+class QDQForm:
+    """A quantizer as QuantizeLinear and DequantizeLinear, for the ONNX exporter only.
+
+    Args:
+        grid: of constants, laid out to broadcast against x.
+        opset: of the file.
     """
 
-    scale: Tensor
-    divisor: Tensor
-    low: Tensor
-    high: Tensor
-    noise: Tensor | None
-
-    def __init__(self, quantizer: ActivationQuantizer, opset: int) -> None:
-        super().__init__()
-        reason = unsupported(quantizer)
-        if reason:
-            raise UnsupportedCombination(f"{quantizer.label} has no QuantizeLinear form: {reason}. Use form='float'.")
-        grid = quantizer.static_grid.map(lambda v: v.reshape(-1))
-        scale = grid.step
-        low, high = (
-            torch.as_tensor(v, dtype=scale.dtype, device=scale.device).reshape(-1) for v in (grid.low, grid.high)
-        )
-        self.axis, self.signed, self.opset = quantizer.channel_axis, quantizer.signed, opset
+    def __init__(self, grid: Grid, opset: int) -> None:
+        self.opset = opset
+        self.signed = bool(torch.as_tensor(grid.low).min() < 0)
         self.width = 4 if opset >= INT4_OPSET and grid.width() <= 4 else 8
-        self.register_buffer("scale", scale)
-        self.register_buffer("divisor", torch.where(scale > 0, scale, 1.0))
-        self.register_buffer("low", low * scale)
-        self.register_buffer("high", high * scale)
-        self.register_buffer("noise", grid.bias)
+        self.axis = next((i for i in range(-grid.step.ndim, 0) if grid.step.shape[i] > 1), None)
         full = code_range(self.width, self.signed)
-        self.saturates = bool((low == full[0]).all() and (high == full[1]).all())  # the integer type clips by itself
+        ends = (torch.as_tensor(grid.low), torch.as_tensor(grid.high))
+        # the integer type clips by itself
+        self.saturates = all(bool((end == limit).all()) for end, limit in zip(ends, full, strict=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize x, (B, ...): traced by the exporter, not computed."""
+    def __call__(self, x: Tensor, grid: Grid) -> Tensor:
+        """Fake-quantize x, (B, ...): traced by the exporter, not computed.
 
-        def laid(vector: Tensor) -> Tensor:
-            return lay_out(vector, x, self.axis, per_sample=False)
-
-        axis = self.axis % x.ndim
-        bias = None if self.noise is None else laid(self.noise)
-        y = x if bias is None else x + bias
+        Args:
+            grid: the same, as the exported program has it.
+        """
+        y = x if grid.bias is None else x + grid.bias
         if not self.saturates:
-            y = torch.minimum(torch.maximum(y, laid(self.low)), laid(self.high))
+            y = torch.minimum(torch.maximum(y, grid.low * grid.step), grid.high * grid.step)
         version = 21 if self.opset >= 21 else 19 if self.opset >= 19 else 13
-        per_axis = len(self.scale) > 1
-        divisor, scale = (self.divisor, self.scale) if per_axis else (self.divisor[0], self.scale[0])
-        attributes: dict[str, Any] = {"axis": axis} if per_axis else {}
+        scale = grid.step.reshape([] if self.axis is None else [-1])
+        divisor = torch.where(scale > 0, scale, 1.0)
+        attributes: dict[str, Any] = {} if self.axis is None else {"axis": self.axis + x.ndim}
         inputs: tuple[Tensor, ...] = (y, divisor)
         quantize: dict[str, Any] = dict(attributes)
         if self.opset >= INT4_OPSET:
@@ -108,20 +121,4 @@ class QDQQuantizer(nn.Module):
         value = torch.onnx.ops.symbolic(
             "DequantizeLinear", (codes, scale), attrs=attributes, dtype=x.dtype, shape=x.shape, version=version
         )
-        return value if bias is None else value - bias
-
-
-def to_qdq(model: nn.Module, opset: int) -> nn.Module:
-    """Replace the frozen quantizers of a model by their QuantizeLinear form, in place.
-
-    Raises:
-        UnsupportedCombination: one has no such form; nothing was replaced.
-    """
-    if isinstance(model, FrozenQuantizer):
-        return QDQQuantizer(model.original, opset)
-    places = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, FrozenQuantizer)]
-    ready = {module: QDQQuantizer(module.original, opset) for _, module in places}
-    for path, module in places:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, ready[module])
-    return model
+        return value if grid.bias is None else value - grid.bias

@@ -75,7 +75,7 @@ def connect(quantizers: Sequence[ActivationQuantizer], inputs: int = 1) -> Forwa
             before_it.append(quantizer)
         if site:
             read.setdefault(site, set()).add(source.mode)
-    return Forwards(_listen(quantizers, read), augmentation(predicted))
+    return Forwards(_listen(quantizers, read), augmentation(predicted), calibrating=True)
 
 
 def link(model: nn.Module) -> nn.Module:
@@ -95,7 +95,8 @@ def link(model: nn.Module) -> nn.Module:
     predicted = [quantizer for quantizer in quantizers if quantizer.predictor is not None]
     if predicted:
         calibrating = any(quantizer.state == "observe" for quantizer in predicted)
-        Forwards(_listen(quantizers, read), augmentation(predicted) if calibrating else None).attach(model)
+        forwards = Forwards(_listen(quantizers, read), augmentation(predicted), calibrating=calibrating)
+        forwards.attach(model)
     return model
 
 

@@ -107,10 +107,17 @@ class Forwards:
     Args:
         inputs: (site, mode) of the model's inputs that are sites.
         augmentation: calibration runs each batch again with what this makes of it; None: once.
+        calibrating: samples are numbered, until no predicted quantizer of the model observes any more.
     """
 
-    def __init__(self, inputs: tuple[tuple[str, str], ...] = (), augmentation: Augmentation | None = None) -> None:
-        self.inputs, self.augmentation = inputs, augmentation
+    def __init__(
+        self,
+        inputs: tuple[tuple[str, str], ...] = (),
+        augmentation: Augmentation | None = None,
+        *,
+        calibrating: bool = False,
+    ) -> None:
+        self.inputs, self.augmentation, self.calibrating = inputs, augmentation, calibrating
         self.count = self.first_sample = self.next_sample = 0
         self.handles: list[Any] = []
 
@@ -146,7 +153,7 @@ class Forwards:
         """
         self.count += 1
         tensors = [x for x in inputs if isinstance(x, Tensor) and x.ndim > 0]
-        if tensors and not augmented:
+        if tensors and self.calibrating and not augmented:
             self.first_sample = self.next_sample
             self.next_sample += len(tensors[0])
         session = Session(self.count, self.first_sample, augmented=augmented)
@@ -172,7 +179,9 @@ class Forwards:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = current()
         nested = session is not None and session.augmented
-        self._resume(model)
+        self.calibrating = self.calibrating and observes(model)
+        if self.calibrating:
+            self._resume(model)
         self.start(positional(model, args, kwargs), augmented=nested)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -180,7 +189,7 @@ class Forwards:
         if session is None:
             return
         end(session)
-        if session.augmented or output is None or not observes(model):
+        if not self.calibrating or session.augmented or output is None or not observes(model):
             return
         args, kwargs = _bound(model, args, kwargs)
         changed = self.changed((*args, *kwargs.values()))

@@ -69,16 +69,16 @@ def test_a_converted_network_differs_only_at_ties(method: Any) -> None:
 
 def test_the_comparison_sees_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that rounds up instead of to even, and one that is off by a step, must not pass."""
-    from dqa_plugins.export import backends
+    from dqa_plugins.export import runners
 
     def wrong(target: Any) -> Any:
         def run(*xs: torch.Tensor) -> list[torch.Tensor]:
-            flat = backends._flat(target.module(*xs))
+            flat = runners.flat_outputs(target.module(*xs))
             return [y + 0.3 * (y == y.max()) for y in flat]
 
         yield "wrong", run
 
-    monkeypatch.setitem(backends.BACKENDS, "wrong", wrong)
+    monkeypatch.setitem(runners.BACKENDS, "wrong", wrong)
     prepared = prepare_fx(build("residual"), get_qconfig_mapping(DQA(bits=3)), inputs("residual"))
     prepared(*inputs("residual", batch=16))
     (found,) = compare_backends(convert_fx(prepared), inputs("residual", batch=16, seed=5), backends=("wrong",))

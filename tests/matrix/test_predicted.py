@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dqa_plugins import QPP, ActivationQuantizer, DenseSparse, Direct, iter_quantizers
 from dqa_plugins.export import compare_backends, to_exported_program
-from dqa_plugins.export.backends import Target, compiled
+from dqa_plugins.export.runners import Target, compiled
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp import qpp_report
 from dqa_plugins.qpp.features import channel_features, mean_of, sum_of

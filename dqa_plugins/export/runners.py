@@ -1,7 +1,7 @@
 """The backends that `compare_backends` can run a converted model on.
 
-Each one compiles a module that torch.export takes, in one or more variants (optimizations on and off where the
-backend has a switch), and returns functions from tensors to a list of tensors.
+Each one compiles the program that `export.program` makes of it, in one or more variants (optimizations on and off
+where the backend has a switch), and returns functions from tensors to a list of tensors.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from dqa_plugins.errors import UnsupportedCombination, missing
 
+from .expand import expand
 from .onnx import write_onnx
 from .openvino import F32, read_onnx, require_openvino
-from .program import exportable, to_exported_program
+from .program import make_program
 
 Runner = Callable[..., list[Tensor]]
 
 
 class Target:
-    """A module for several backends. What they share (the exported program, the ONNX file) is made once.
+    """A module for several backends. What they share (the programs, the ONNX file) is made once.
 
     Args:
         module: what `to_onnx` takes.
@@ -36,9 +38,14 @@ class Target:
         self.module, self.inputs = module, inputs
 
     @cached_property
-    def program(self) -> Any:
-        """The ExportedProgram, batch size open."""
-        return to_exported_program(self.module, self.inputs)
+    def unexpanded(self) -> ExportedProgram:
+        """The program of `make_program`, batch size open."""
+        return make_program(self.module, self.inputs)
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """It in plain aten operations."""
+        return expand(self.unexpanded)
 
     @cached_property
     def onnx(self) -> Path:
@@ -47,12 +54,12 @@ class Target:
         return write_onnx(self.program, Path(self._folder.name) / "model.onnx")
 
 
-def _flat(outputs: Any) -> list[Tensor]:
+def flat_outputs(outputs: Any) -> list[Tensor]:
+    """The tensors of a model's output: a tensor, or sequences and dicts of them."""
     if isinstance(outputs, Tensor):
         return [outputs]
-    if isinstance(outputs, dict):
-        outputs = list(outputs.values())
-    return [tensor for part in outputs for tensor in _flat(part)]
+    parts = outputs.values() if isinstance(outputs, dict) else outputs
+    return [tensor for part in parts for tensor in flat_outputs(part)]
 
 
 def onnxruntime_session(path: str | Path, *, optimize: bool = True, threads: int = 0) -> Runner:
@@ -102,21 +109,17 @@ def _openvino(target: Target) -> Iterator[tuple[str, Runner]]:
 
 
 def _torch_export(target: Target) -> Iterator[tuple[str, Runner]]:
-    program = target.program.module()
-    yield "torch.export", lambda *xs: _flat(program(*xs))
+    program: Any = target.program.module()
+    yield "torch.export", lambda *xs: flat_outputs(program(*xs))
 
 
 def _torch_compile(target: Target) -> Iterator[tuple[str, Runner]]:
     torch._dynamo.reset()
-    module: Any = exportable(target.module, target.inputs)
-    if any(getattr(m.forward, "compile_by_export", False) for m in module.modules()):
-        # Dynamo cannot enter NNCF's function mode (nncf 3.4): compile what torch.export makes of such a model
-        module = target.program.module()
-    compiled_module = torch.compile(module, fullgraph=True)
+    compiled_module = torch.compile(target.program.module(), fullgraph=True)
 
     def run(*xs: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            return _flat(compiled_module(*xs))
+            return flat_outputs(compiled_module(*xs))
 
     yield "torch.compile (inductor)", run
 
@@ -127,6 +130,17 @@ BACKENDS: dict[str, Callable[[Target], Iterator[tuple[str, Runner]]]] = {
     "torch.export": _torch_export,
     "torch.compile": _torch_compile,
 }
+
+
+def check_backend(backend: str) -> str:
+    """The name of a backend.
+
+    Raises:
+        UnsupportedCombination: there is none of this name.
+    """
+    if backend not in BACKENDS:
+        raise UnsupportedCombination(f"backend {backend!r}: one of {', '.join(map(repr, BACKENDS))}.")
+    return backend
 
 
 def compiled(backend: str, target: Target) -> Iterator[tuple[str, Runner]]:
@@ -142,6 +156,4 @@ def compiled(backend: str, target: Target) -> Iterator[tuple[str, Runner]]:
     Raises:
         UnsupportedCombination: no such backend.
     """
-    if backend not in BACKENDS:
-        raise UnsupportedCombination(f"backend {backend!r}: one of {', '.join(map(repr, BACKENDS))}.")
-    yield from BACKENDS[backend](target)
+    yield from BACKENDS[check_backend(backend)](target)
