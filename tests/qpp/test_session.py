@@ -161,3 +161,16 @@ def test_rows_past_the_limit_stay(monkeypatch: pytest.MonkeyPatch) -> None:
             model.relu0(torch.rand(16, 4, 12, 12) * factor)
         end(session)
     assert torch.equal(model.relu0.predictor.record.statistic[:16], before[:16])
+
+
+def test_a_sample_and_its_augmented_twin_are_recorded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the limit falls inside a batch, or between a batch and its twin: groups stay even."""
+    from dqa_plugins.qpp import record
+
+    monkeypatch.setattr(record, "LIMIT", 20)
+    model = prepared()
+    with torch.no_grad():
+        for x in inputs(16).split(4):
+            model(x)
+    samples = model.relu0.predictor.record.samples
+    assert samples.bincount().tolist() == [2] * 10
