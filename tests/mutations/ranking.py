@@ -88,7 +88,7 @@ add("random draws are the same everywhere", "strategies.py", '{seed}:{name}"', '
 add(
     "errors of one batch",
     "strategies.py",
-    "totals[site.name] += squared",
-    "totals[site.name] = squared",
+    "totals[sites[site].name] += squared",
+    "totals[sites[site].name] = squared",
     "ranking/test_strategies.py",
 )
