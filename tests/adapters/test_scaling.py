@@ -68,11 +68,7 @@ def pt2e(layers: int, method: Method) -> None:
 @pytest.mark.parametrize("method", [DQA(), DenseSparse(qparams=QPP(augment=False))], ids=["static", "predicted"])
 @pytest.mark.filterwarnings("ignore::dqa_plugins.errors.DQAWarning")
 def test_our_work_grows_with_the_number_of_sites(room: Callable[[int, Method], None], method: Method) -> None:
-<<<<<<< HEAD
-    """Prepare, calibrate and convert 20, 38 and 74 sites: the growth doubles; with a scan for each site it was 2.8."""
-=======
     """Prepare, calibrate and convert 20, 38 and 74 sites: linear growth doubles; a scan for each site gave 2.8."""
->>>>>>> main
     room(3, method)  # imports and caches
     small, middle, large = (lines(lambda n=n: room(n, method)) for n in (6, 12, 24))
     assert (large - middle) < 2.25 * (middle - small), (small, middle, large)
