@@ -77,7 +77,7 @@ class CalibrationRecord(StateModule):
         """See `StateModule.shapes`."""
         return {
             "maximum": ("S G",),
-            "total": ("S G",),
+            "total": ("S G", "P S G"),
             "average": ("S G",),
             "counts": ("2",),
             "minimum": ("",),

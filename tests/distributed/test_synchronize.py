@@ -57,7 +57,13 @@ def test_every_rank_has_the_model_of_one_process(finished: tuple[int, Path], nam
         found = torch.load(folder / f"{rank}.pt")
         assert expected.keys() <= found.keys()
         for key, value in expected.items():
-            assert same_bits(found[key], value), f"rank {rank}: {key}"
+            assert same_bits(found[key], value) or told(found[key]) == told(value), f"rank {rank}: {key}"
+
+
+def told(state: torch.Tensor) -> dict[str, object]:
+    """An extra state without the count of first executions, which a process keeps over all of its models."""
+    assert state.dtype == torch.uint8, "only extra states may differ, in this"
+    return {key: value for key, value in json.loads(bytes(state.numpy())).items() if key != "index"}
 
 
 def test_every_rank_has_the_rank_table_of_one_process(finished: tuple[int, Path], tmp_path: Path) -> None:

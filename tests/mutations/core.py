@@ -50,7 +50,7 @@ add("thresholds are outliers", "grid.py", "(y < self.keep[0]) | (y >", "(y <= se
 add("outliers are quantized", "grid.py", "torch.where(outside, detached, x_hat)", "x_hat", test("quantizer"))
 add("everything is an outlier", "grid.py", "torch.where(outside, detached, x_hat)", "detached", test("quantizer"))
 add("gradient everywhere", "grid.py", "x_hat, (rounded, codes))", "x_hat, None)", test("states"))
-add("zero point in steps of 2^n", "grid.py", "min=0) / (2**bits - 1)", "min=0) / 2**bits", test("quantizer"))
+add("zero point in steps of 2^n", "grid.py", "min=0) / ((2**bits - 1) / 2)", "min=0) / (2**bits / 2)", test("quantizer"))
 add("an empty range gives zero", "grid.py", "torch.zeros_like(lower), -lower)", "torch.zeros_like(lower), 0 * lower)")
 add("the scale leaves the bias alone", "grid.py", "None if self.bias is None else self.bias * scale", "self.bias")
 add("kept values have codes", "grid.py", "codes.masked_fill(outside, 0)", "codes", test("grid"))
@@ -378,7 +378,7 @@ add(
 )
 add("the state of another method loads", "state.py", "    if saved != method:", "    if False:", test("persistence"))
 add("state 'foo' loads", "state.py", "if value not in STATES if", "if False if", test("persistence"))
-add("negative scales load", "state.py", "good = good and low >= 0", "pass", test("grid"))
+add("negative scales load", "state.py", "if low < least or", "if", test("grid"))
 
 # ---- metrics and reports
 REPORT = "report/test_activation_report.py"

@@ -144,7 +144,7 @@ def test_what_cannot_be_reported_says_so() -> None:
     observing = ActivationQuantizer(Direct(), name="layer1.relu")
     with pytest.raises(UncalibratedQuantizer, match=r"layer1\.relu.*observe"):
         activation_report(observing, [X])
-    with pytest.raises(UnsupportedInput, match=r"give \[x\]"):
+    with pytest.raises(UnsupportedInput, match=r"For a single batch give \[batch\]"):
         activation_report(quantizer(Direct(), X), X)
     empty = activation_report(nn.Linear(2, 2), [X])
     assert empty == ActivationReport([])
