@@ -58,7 +58,7 @@ def pack(
         kind = "nested" if x.is_nested else "meta" if x.is_meta else str(x.layout).removeprefix("torch.")
         raise NotPackable(f"{quantizer.label} packs dense tensors; got a {kind} one. Make it dense before.")
     shape, dtype = tuple(x.shape), x.dtype
-    x = x.detach().reshape(two_dimensional(shape))
+    x = x.detach().resolve_neg().reshape(two_dimensional(shape))  # numpy knows no negative bit
     axis = axis_of(quantizer)
     check_channels(quantizer, tuple(x.shape))
     if codebook is not None:

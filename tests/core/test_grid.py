@@ -194,3 +194,13 @@ def test_a_state_that_no_calibration_gives_is_refused(name: str, value: float) -
     with pytest.raises(StateMismatch, match=name):
         quantizer.load_state_dict(state)
     assert_exact(quantizer(x), before)
+
+
+def test_a_factor_of_float64_leaves_float32_as_it_is() -> None:
+    """Calibrated in float64, run in float32: the arithmetic is that of the tensor at hand."""
+    x = data(torch.float64)
+    for method in (Direct(clip="mse", qparams="dynamic", symmetric=False), DQA(clip="mse", qparams="dynamic")):
+        quantizer = calibrated(method, [x])
+        found = [p for p in quantizer.runtime_qparams(x.float()) if p is not None]
+        assert {p.dtype for p in found} == {torch.float32}
+        assert_exact(quantizer(x.float()), by_the_papers(quantizer, x.float()))
