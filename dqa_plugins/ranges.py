@@ -137,7 +137,8 @@ def qparams_of(method: Method, found: Sequence[Tensor], signed: bool, factor: Te
     """
     found = resolved(method, found, signed)
     if factor is not None:
-        found = tuple(extent * factor for extent in found)
+        # calibrated in float64, used in float32: the tensor at hand decides
+        found = tuple(extent * cast(factor, extent.dtype) for extent in found)
     if not method.uses_range:
         return QParams(found[0] / method.steps(signed))
     if len(found) == 1:

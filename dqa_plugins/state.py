@@ -54,7 +54,8 @@ class StateModule(nn.Module):
             if not _is_like(value, mine):
                 kind = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
                 raise StateMismatch(f"{label}: {name} in the state_dict is {kind}; it is a dense {mine.dtype} tensor.")
-            if value.numel() == 0 or value.is_meta:
+            empty = value.numel() == 0 and value.shape[:1] == (0,)
+            if value.is_meta or (empty and value.ndim in {1, *(len(shape.split()) for shape in shapes)}):
                 continue
             if not any(_binds(shape, value.shape, sizes) for shape in shapes):
                 known = {letter: size for letter, size in sizes.items() if any(letter in shape for shape in shapes)}
@@ -165,8 +166,11 @@ def check_buffers(loaded: Mapping[str, Any], state: Mapping[str, Any], method: M
             raise StateMismatch(f"{label}: {name} in the state_dict ranges from {low:g} to {high:g}, which cannot be.")
     if state["state"] != "frozen":
         return
-    static = (("lower", "upper") if method.uses_range else ("scale",)) if method.source == "static" else ()
-    gaps = [name for name in (*static, *method.vectors) if name in loaded and name not in filled]
+    needed = {
+        "static": ("lower", "upper") if method.uses_range else ("scale",),
+        "predicted": ("predictor.bias",),  # fitted, or the static statistic
+    }.get(method.source, ())
+    gaps = [name for name in (*needed, *method.vectors) if name in loaded and name not in filled]
     gaps += [key for key in ("signed", "axis") if state[key] is None]
     gaps += ["channels"] if method.uses_channels and state["channels"] is None else []
     if gaps:

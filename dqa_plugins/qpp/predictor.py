@@ -22,6 +22,8 @@ from .radial import radial
 from .record import SampleRecord
 from .session import Session, current, not_run
 
+_REGRESSION = ("weight", "bias", "logarithmic", "low", "high", "static")  # all of them, or none: not fitted
+
 
 class Predictor(StateModule):
     """Regression from features and summaries to the statistic behind a quantizer's qparams: a `QParamsSource`.
@@ -214,6 +216,10 @@ class Predictor(StateModule):
     def check_loaded(self, loaded: Mapping[str, Any], sizes: dict[str, int], label: str) -> None:
         """See `StateModule.check_loaded`; with the rows of calibration."""
         super().check_loaded(loaded, {**sizes, "F": site_size(self.mode)}, label)
+        filled = {name for name in _REGRESSION if isinstance(loaded.get(name), Tensor) and loaded[name].numel()}
+        if 0 < len(filled) < len(_REGRESSION):
+            lacking = ", ".join(name for name in _REGRESSION if name not in filled)
+            raise StateMismatch(f"{label}: the regression in the state_dict has no {lacking}.")
         rows = {k.removeprefix("record."): v for k, v in loaded.items() if k.startswith("record.")}
         self.record.check_loaded(rows, {**sizes, "F": site_size(self.mode)}, label)
 

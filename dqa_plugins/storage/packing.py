@@ -61,7 +61,7 @@ def pack(
     shape, dtype = tuple(x.shape), x.dtype
     if x.numel() > LARGEST:
         raise NotPackable(f"{quantizer.label} packs up to 2^31 - 1 values, got {x.numel()}; use smaller batches.")
-    x = x.detach().reshape(two_dimensional(shape))
+    x = x.detach().resolve_neg().reshape(two_dimensional(shape))  # numpy knows no negative bit
     axis = axis_of(quantizer)
     check_channels(quantizer, tuple(x.shape))
     if codebook is not None:

@@ -250,3 +250,13 @@ def test_a_grid_is_proportional_to_its_scale(method: Method) -> None:
         assert wanted is None or torch.equal(torch.as_tensor(found), torch.as_tensor(wanted)), name
     if method.name == "noisyquant":
         assert three.bias.tolist() == [1.5, -4.5]
+
+
+def test_a_factor_of_float64_leaves_float32_as_it_is() -> None:
+    """Calibrated in float64, run in float32: the arithmetic is that of the tensor at hand."""
+    x = data(torch.float64)
+    for method in (Direct(clip="mse", qparams="dynamic", symmetric=False), DQA(clip="mse", qparams="dynamic")):
+        quantizer = calibrated(method, [x])
+        found = [p for p in quantizer.runtime_qparams(x.float()) if p is not None]
+        assert {p.dtype for p in found} == {torch.float32}
+        assert_exact(quantizer(x.float()), by_the_papers(quantizer, x.float()))

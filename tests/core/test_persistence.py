@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
-from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, method_to_dict
+from dqa_plugins import DQA, QPP, ActivationQuantizer, DenseSparse, Direct, DQAWarning, NoisyQuant, method_to_dict
 from dqa_plugins.errors import DQAError, StateMismatch
 from dqa_plugins.state import to_bytes
 from tests.compare import calibrated, same_bits
@@ -264,3 +264,16 @@ def test_the_extra_state_says_its_version():
         else:
             with pytest.raises(StateMismatch, match=f"version {version}"):
                 other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("edit", ["predictor.low", "predictor.bias", "predictor.centres"])
+def test_a_regression_with_parts_missing_is_refused(edit):
+    q = ActivationQuantizer(DenseSparse(qparams=QPP()), name="layer1.relu")
+    q(torch.rand(4, 5, 3, 3))
+    with pytest.warns(DQAWarning, match="frozen before"):
+        q.freeze()
+    state, other = q.state_dict(), ActivationQuantizer(q.method, name="layer1.relu")
+    other.load_state_dict(state)
+    state[edit] = state[edit][:0] if state[edit].numel() else state[edit][None]
+    with pytest.raises(StateMismatch, match=r"'layer1\.relu'.*" + edit.removeprefix("predictor.")):
+        other.load_state_dict(state)

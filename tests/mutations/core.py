@@ -50,7 +50,9 @@ add("thresholds are outliers", "grid.py", "(y < self.keep[0]) | (y >", "(y <= se
 add("outliers are quantized", "grid.py", "torch.where(outside, detached, x_hat)", "x_hat", test("quantizer"))
 add("everything is an outlier", "grid.py", "torch.where(outside, detached, x_hat)", "detached", test("quantizer"))
 add("gradient everywhere", "grid.py", "x_hat, (rounded, codes))", "x_hat, None)", test("states"))
-add("zero point in steps of 2^n", "grid.py", "min=0) / ((2**bits - 1) / 2)", "min=0) / (2**bits / 2)", test("quantizer"))
+add(
+    "zero point in steps of 2^n", "grid.py", "min=0) / ((2**bits - 1) / 2)", "min=0) / (2**bits / 2)", test("quantizer")
+)
 add("an empty range gives zero", "grid.py", "torch.zeros_like(lower), -lower)", "torch.zeros_like(lower), 0 * lower)")
 add("the scale leaves the bias alone", "grid.py", "None if self.bias is None else self.bias * scale", "self.bias")
 add("kept values have codes", "grid.py", "codes.masked_fill(outside, 0)", "codes", test("grid"))

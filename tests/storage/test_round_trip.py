@@ -94,6 +94,7 @@ def test_layouts_of_the_input_do_not_matter(coding: str) -> None:
     quantizer = quantizer_for(DQA(bits=3), x)
     wanted = quantizer(x)
     assert_same(pack(x.to(memory_format=torch.channels_last), quantizer, coding).unpack(), wanted)
+    assert_same(pack(torch._neg_view(-x), quantizer, coding).unpack(), wanted)
     wide = tensor((4, 6, 30, 60), 0, "relu")
     assert_same(pack(wide[..., ::2], quantizer, coding).unpack(), quantizer(wide[..., ::2].contiguous()))
     grown = x.clone().requires_grad_()
