@@ -132,7 +132,7 @@ add("the lower end has the wrong sign", "ranges.py", '-end if extent.of == "lowe
 add(
     "clip factor ignored",
     "ranges.py",
-    "extent * factor for extent in found",
+    "extent * cast(factor, extent.dtype) for extent in found",
     "extent for extent in found",
     test("search"),
 )
