@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-.PHONY: demo test check torture bench clean
+# what `make quick` runs: the core and what rooms share; the folder of a room is run by hand (CONTRIBUTING.md)
+QUICK := tests/core tests/graph tests/host tests/qpp tests/report tests/test_structure.py tests/test_docs.py
+
+.PHONY: demo quick check test test-slow mutations torture bench clean
 
 # torch first and pinned: on its own it would pull the CUDA build
 $(STAMP): pyproject.toml constraints.txt
@@ -17,13 +21,29 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=15
+# under a minute on two idle cores: while working
+quick: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) -m "not slow" --ignore=tests/core/test_compile_export.py $(QUICK)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# under 12 minutes: before a commit is handed in
+test: $(STAMP)
+	$(PYTEST) -m "not slow" --durations=15
+
+# the rest: other processes, compilers, whole networks, examples, a sample of the mutations
+test-slow: $(STAMP)
+	$(PYTEST) -m slow --durations=15
+
+# every fault of tests/mutations, two at a time; exit status 1 if one survives
+mutations: $(STAMP)
+	$(BIN)/python -m tests.mutations --jobs 2
 
 # hostile cases for as long as it is told: make torture SECONDS=3600
 SECONDS ?= 30

@@ -3,10 +3,15 @@
 Two kinds of memory, because they serve two kinds of question:
 
 - running statistics (maximum and sum over samples of the per-sample statistic) give static qparams. Both merge
-  exactly: the record of two halves of a data set is the record of the whole.
+  exactly: the record of two halves of a data set is the record of the whole. The sum is exact, so that the halves may
+  be cut anywhere.
 - kept values feed every search (clip factor, noise, channel errors, codebooks): the first 64 samples, at most 2^18
   values, at evenly strided positions with all channels of a position together. What is kept of a sample does not
   depend on its batch.
+
+Memory of a site, whatever the number of samples: at most 4 * 2^18 bytes of kept values and 8 * min(2^18 / D, 2^18)
+bytes that say whose they are (3 MiB with one row, 1 MiB and 32 KiB with 64), and S * G * (4 * 64 + 16) bytes of
+statistics (S = 1 or 2, G = 1 or C); twice as much for float64 activations.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StateMismatch
+from .exact import exact_sum
 from .method import Method
 from .ranges import grouped
 from .state import StateModule
@@ -32,7 +38,8 @@ class CalibrationRecord(StateModule):
 
     Buffers (S = statistic size, G = groups, D = kept rows, K = kept columns):
         maximum: (S, G), largest per-sample statistic.
-        total: (S, G) float64, sum of the per-sample statistics.
+        total: (S, G) float64, sum of the per-sample statistics; (P, S, G) where one float64 does not hold it, see
+            `exact`.
         average: (S, G), moving average over training batches (QAT only).
         counts: (2,) int64, samples seen and samples kept.
         minimum: () float64, most negative value seen (0 if none).
@@ -56,6 +63,7 @@ class CalibrationRecord(StateModule):
 
     def reset(self) -> None:
         """Forget everything (buffers go back to empty, on their device)."""
+        self.synchronized = 0  # of the samples, how many are those of all processes
         device = self._buffers["counts"].device if "counts" in self._buffers else None  # type: ignore[union-attr]
         empty = {"maximum": (0, 0), "average": (0, 0), "kept": (0, 0), "kept_statistic": (0, 0, 0)}
         for name, shape in empty.items():
@@ -69,7 +77,7 @@ class CalibrationRecord(StateModule):
         """See `StateModule.shapes`."""
         return {
             "maximum": ("S G",),
-            "total": ("S G",),
+            "total": ("S G", "P S G"),
             "average": ("S G",),
             "counts": ("2",),
             "minimum": ("",),
@@ -112,16 +120,19 @@ class CalibrationRecord(StateModule):
             moving: also update the moving average (QAT).
         """
         top = values.amax(0) if method.reduction == "max" else values.mean(0)
-        if self.count == 0:
-            self.maximum, self.total = values.amax(0), values.double().sum(0)
-        else:
-            self.maximum = torch.maximum(self.maximum, values.amax(0))
-            self.total = self.total + values.double().sum(0)
+        self.maximum = values.amax(0) if self.count == 0 else torch.maximum(self.maximum, values.amax(0))
+        self._add(values.double())
         if moving:
             self.average = top if self.average.numel() == 0 else self.average + QAT_AVERAGING * (top - self.average)
         self.minimum = torch.minimum(self.minimum, x.amin().double())
         self._keep(rows, values)
         self.counts = self.counts + torch.tensor([len(x), 0], device=self.counts.device)
+
+    def _add(self, values: Tensor) -> None:
+        """Add (N, S, G) float64 to the sum."""
+        held = self.total.reshape(-1, *values.shape[1:])
+        total = exact_sum(torch.cat([held, values]))
+        self.total = total[0] if len(total) == 1 else total
 
     def _keep(self, rows: Tensor, values: Tensor) -> None:
         depth, positions = rows.shape[1:]
@@ -149,7 +160,8 @@ class CalibrationRecord(StateModule):
             return self.average
         if method.reduction == "max":
             return self.maximum
-        return (self.total / self.counts[0]).to(self.maximum.dtype)
+        total = self.total.reshape(-1, *self.maximum.shape)[0]  # the parts behind it are below its rounding
+        return (total / self.counts[0]).to(self.maximum.dtype)
 
     @torch.no_grad()
     def merge(self, other: CalibrationRecord) -> None:
@@ -165,7 +177,7 @@ class CalibrationRecord(StateModule):
                 setattr(self, name, getattr(other, name).clone())
             return
         self.maximum = torch.maximum(self.maximum, other.maximum)
-        self.total = self.total + other.total
+        self._add(other.total.reshape(-1, *other.maximum.shape))
         self.minimum = torch.minimum(self.minimum, other.minimum)
         kept, depth = int(self.counts[1]), self.kept.shape[0]
         room = min(KEPT_SAMPLES, max(1, KEPT_VALUES // max(depth, 1))) - kept

@@ -63,6 +63,14 @@ class FrameworkMismatch(DQAError, RuntimeError):
     """The host framework lacks, or has changed, a hook that an adapter stands on."""
 
 
+class RankLost(DQAError, RuntimeError):
+    """Another process of the group has died, raised, or did not answer within the group's timeout."""
+
+
+class RanksDiffer(DQAError, ValueError):
+    """Processes that must agree hold different models, data or counts."""
+
+
 class ExportFailed(DQAError, RuntimeError):
     """A model cannot be exported the way that was asked for."""
 
@@ -79,6 +87,8 @@ def missing(package: str, extra: str, purpose: str) -> MissingDependency:
         extra: the extra of dqa-plugins that brings it.
         purpose: what needs it, as the subject of the sentence.
     """
+    # no index has dqa-plugins: pip install 'dqa-plugins[...]' would find nothing, or somebody else's package
     return MissingDependency(
-        f"{purpose} needs '{package}', which is not installed: pip install 'dqa-plugins[{extra}]'."
+        f"{purpose} needs '{package}', which is not installed. In a checkout of dqa-plugins: "
+        f"pip install -e '.[{extra}]'; with a wheel: pip install 'WHEEL[{extra}]', WHEEL being the path of the file."
     )

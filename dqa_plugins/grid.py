@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rounding import bound, cast, compute_dtype, narrow, nonzero, straight_through, wants_gradient
+from .rounding import bound, cast, like, narrow, nonzero, straight_through, wants_gradient
 
 
 class QParams(NamedTuple):
@@ -167,8 +167,7 @@ class Grid:
 
     def to(self, x: Tensor) -> Grid:
         """In the compute dtype of x, on its device, without gradient."""
-        dtype = compute_dtype(x.dtype)
-        return self.map(lambda p: p.detach().to(x.device, dtype))
+        return self.map(lambda p: like(p, x))
 
     def constants(self) -> Grid:
         """Ready to be written down: the divisor is known, and a bias that is zero everywhere is left out."""

@@ -202,6 +202,7 @@ class QuantizerParameters(StateModule):
             "ranked": self.ranked,
             "searched": self.searched,
             "index": self.index,
+            "synchronized": self.calibration.synchronized,
         }
         if self.predictor is not None:
             state["predictor"] = self.predictor.describe()
@@ -241,6 +242,7 @@ class QuantizerParameters(StateModule):
         self._state, self._axis, self._channels = loaded["state"], loaded["axis"], loaded["channels"]
         self._signed, self.ranked, self.searched = loaded["signed"], loaded["ranked"], loaded["searched"]
         self.index = loaded["index"] if self.index is None else self.index
+        self.calibration.synchronized = loaded["synchronized"]
         if self.predictor is not None:
             self.predictor.restore(loaded["predictor"], self.label)
 

@@ -35,6 +35,8 @@ from .parameters import QuantizerParameters
 from .ranges import statistic
 from .resolve import kept_values, next_layer_weight, static_qparams
 
+LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and backends reach
+
 _first_executions = itertools.count()
 # float8 has neither arithmetic nor infinities to saturate at: it is a format to store in, not one to compute with
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -245,6 +247,14 @@ class ActivationQuantizer(QuantizerParameters):
             rows = rows_to_keep(x, self.uses_channels, self._axis, self.consumer_geometry)
             self.calibration.observe(x, values, rows, self.method, moving=self._state == "qat")
 
+    def adopt(self, axis: int, channels: int | None, index: int | None) -> None:
+        """Take what another process learnt of this site: channel axis, channels, and position in the execution."""
+        self._axis, self.index = axis, index
+        if self._channels is None and channels is not None:
+            self._channels = channels
+            if self.ranked:
+                self.set_extra_bits(self.extra_bits)
+
     def _check_tensor(self, x: object) -> None:
         if not isinstance(x, Tensor):
             raise UnsupportedInput(f"{self.label} quantizes tensors; got a {type(x).__name__}.")
@@ -259,6 +269,12 @@ class ActivationQuantizer(QuantizerParameters):
             raise UnsupportedInput(
                 f"{self.label} quantizes floating-point tensors with a batch axis ({_LISTED}); got {x.dtype}, shape "
                 f"{tuple(x.shape)}. Convert it before, or leave this layer out of quantization."
+            )
+        # a traced size would become a condition of the exported program
+        if not torch.compiler.is_compiling() and x.numel() > LARGEST:
+            raise UnsupportedInput(
+                f"{self.label} quantizes tensors of up to 2^31 - 1 values, and got {x.numel()} in a tensor of shape "
+                f"{tuple(x.shape)}. Use smaller batches."
             )
 
     def _checked_axis(self, x: Tensor) -> int:

@@ -27,7 +27,7 @@ class SiteReport:
         elements: values per sample.
         bits: per value with fixed-length codes, all side information of the tensor included: n-bit codes, m-bit shift
             errors of the important channels, 32-bit value and position of each outlier, per-sample qparams.
-        sqnr: signal to quantization noise, decibels; inf where nothing was lost.
+        sqnr: signal to quantization noise, decibels; inf where nothing was lost, -inf where nothing but noise is left.
         density: share of outliers (DenseSparse), else 0.
     """
 
@@ -47,7 +47,9 @@ class ActivationReport:
 
     @property
     def bits_per_activation(self) -> float:
-        """Mean over all quantized values, weighted by elements."""
+        """Mean over all quantized values, weighted by elements; nan where none is quantized."""
+        if not self.sites:
+            return math.nan
         return sum(s.bits * s.elements for s in self.sites) / sum(s.elements for s in self.sites)
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,6 +57,8 @@ class ActivationReport:
         return {"bits_per_activation": self.bits_per_activation, "sites": [asdict(s) for s in self.sites]}
 
     def __str__(self) -> str:
+        if not self.sites:
+            return "no quantized activation"
         width = max([len(s.site) for s in self.sites] + [4])
         rows = [f"{'site':{width}}  method         elements   bits  SQNR dB  density"]
         rows += [
@@ -130,7 +134,7 @@ def activation_report(model: nn.Module, batches: Iterable[Any]) -> ActivationRep
     sites = []
     for quantizer, (count, samples, bits, signal, noise) in sums.items():
         if count:
-            sqnr = 10 * math.log10(signal / noise) if noise and signal else math.inf
+            sqnr = math.inf if not noise else 10 * math.log10(signal / noise) if signal else -math.inf
             method = type(quantizer.method).__name__
             density = densities.get(quantizer, 0.0) / count
             sites.append(SiteReport(names[quantizer], method, round(count / samples), bits / count, sqnr, density))

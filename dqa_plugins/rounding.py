@@ -64,6 +64,14 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter in the compute dtype of x, on its device, without gradient; itself where it is that already."""
+    dtype = compute_dtype(x.dtype)
+    if parameter.dtype != dtype or parameter.device != x.device:
+        parameter = parameter.to(x.device, dtype)
+    return parameter.detach() if parameter.requires_grad else parameter
+
+
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in the dtype of a result: a value that float16 or bfloat16 cannot hold becomes the largest that it can."""
     if x.dtype == dtype or dtype not in (torch.float16, torch.bfloat16):

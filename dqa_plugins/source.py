@@ -16,7 +16,7 @@ from .errors import UnsupportedCombination
 from .grid import QParams
 from .method import Method
 from .ranges import extents, lay_out, qparams_of
-from .rounding import compute_dtype
+from .rounding import like
 
 
 class Site(Protocol):
@@ -72,9 +72,8 @@ class Static:
 
     def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
         """Shared by all samples."""
-        dtype = compute_dtype(x.dtype)
         axis = site.channel_axis
-        return site.static.map(lambda p: lay_out(p.to(x.device, dtype).reshape(-1), x, axis, per_sample=False))
+        return site.static.map(lambda p: lay_out(like(p, x).reshape(-1), x, axis, per_sample=False))
 
     def observe(self, site: Site, x: Tensor, statistic: Tensor) -> bool:
         """Nothing beyond the record."""

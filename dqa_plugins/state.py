@@ -25,6 +25,7 @@ _KINDS: dict[str, type] = {
     "ranked": bool,
     "searched": int,
     "index": int,
+    "synchronized": int,
 }
 
 
@@ -120,6 +121,7 @@ def read_state(state: Any, method: Method, label: str) -> dict[str, Any]:
     """
     try:
         loaded: dict[str, Any] = json.loads(bytes(state.cpu().numpy()).decode())
+        loaded.setdefault("synchronized", 0)  # states of earlier releases
         version = loaded.get("version", VERSION)
         values = {key: loaded[key] for key in _KINDS}
         saved = method_from_dict(loaded["method"])

@@ -8,7 +8,6 @@ Real digits, offline, within a minute on two cores. At two bits per activation c
 from __future__ import annotations
 
 import tempfile
-import warnings
 from pathlib import Path
 
 import onnxruntime
@@ -22,10 +21,11 @@ from dqa_plugins.adapters.brevitas import substitute_layers
 from examples.networks import load
 from examples.networks.digits import calibration_subset, load_split
 from examples.networks.scores import accuracy
+from examples.quiet import quiet_hosts
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
+    quiet_hosts()
     onnxruntime.set_default_logger_severity(3)
     torch.manual_seed(0)
     split = load_split()

@@ -13,7 +13,6 @@ import json
 import os
 import tempfile
 import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,6 +29,7 @@ from dqa_plugins.export import onnxruntime_session, to_onnx
 from dqa_plugins.report import activation_report
 from examples.networks import load
 from examples.networks.digits import calibration_subset, load_split
+from examples.quiet import quiet_hosts
 
 BITS = (2, 3, 4)
 CALIBRATION = 256  # training images
@@ -76,7 +76,7 @@ def noise_found(model: nn.Module) -> str | None:
 def measure(name: str, bits: int) -> dict[str, Any]:
     """One row of the table. Runs in a process of its own, on one thread."""
     torch.set_num_threads(1)
-    quiet()
+    quiet_hosts()
     split = load_split()
     model = load("resnet32")[0]
     expected = logits(model, split.test_images)
@@ -100,12 +100,6 @@ def measure(name: str, bits: int) -> dict[str, Any]:
         row["ort_median_difference"] = float((ort - output).abs().amax(1).median())
         row["ort_max_difference"] = float((ort - output).abs().max())
     return row
-
-
-def quiet() -> None:
-    """torch.ao.quantization announces its deprecation on every call."""
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def show(rows: list[dict[str, Any]], fp32: float) -> None:
@@ -171,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-progress", action="store_true")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    quiet()
+    quiet_hosts()
     started = time.perf_counter()
     split = load_split()
     top1 = logits(load("resnet32")[0], split.test_images).argmax(1)

@@ -8,7 +8,6 @@ Real digits, offline, under a minute.
 from __future__ import annotations
 
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
@@ -21,10 +20,11 @@ from dqa_plugins.report import activation_report
 from examples.networks import load
 from examples.networks.digits import calibration_subset, load_split
 from examples.networks.scores import accuracy
+from examples.quiet import quiet_hosts
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
+    quiet_hosts()
     model, _ = load("resnet32")
     split = load_split()
     calibration, _ = calibration_subset(split, 256)

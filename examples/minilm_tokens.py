@@ -11,7 +11,7 @@ neighbour of a sentence stays the same.
 from __future__ import annotations
 
 import inspect
-import warnings
+from collections.abc import Sequence
 
 import torch
 from sklearn.utils import all_estimators
@@ -20,6 +20,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from examples.networks.minilm import minilm
+from examples.quiet import quiet_hosts
 
 
 def sentences(count: int) -> list[str]:
@@ -35,19 +36,19 @@ def nearest(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def main() -> None:
-    warnings.simplefilter("ignore")
+def main(bits: Sequence[int] = (8, 6, 4)) -> None:
+    quiet_hosts()
     model, tokenize = minilm()
     ids, mask = tokenize(sentences(132))
     calibration, test = (ids[:32], mask[:32]), (ids[32:], mask[32:])
     expected = model(*test)
-    for bits in (8, 6, 4):
-        for method in (Direct(bits=bits), NoisyQuant(bits=bits), DQA(bits=bits), DenseSparse(bits=bits)):
+    for width in bits:
+        for method in (Direct(bits=width), NoisyQuant(bits=width), DQA(bits=width), DenseSparse(bits=width)):
             prepared = prepare_fx(model, get_qconfig_mapping(method), calibration)
             prepared(*calibration)
             found = convert_fx(prepared)(*test)
             cosine, same = (found * expected).sum(1), (nearest(found) == nearest(expected)).float().mean()
-            row = f"{bits} bits, {type(method).__name__:11s} cosine {cosine.mean():.4f}, worst {cosine.min():.4f}"
+            row = f"{width} bits, {type(method).__name__:11s} cosine {cosine.mean():.4f}, worst {cosine.min():.4f}"
             print(f"{row}, same neighbour {same:.0%} of {len(found)}")
 
 

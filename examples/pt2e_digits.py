@@ -8,7 +8,6 @@ Real digits, offline, half a minute on two cores. Weights in 8 bits, the first a
 from __future__ import annotations
 
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from dqa_plugins.adapters.pt2e import PluginQuantizer
 from examples.networks import load
 from examples.networks.digits import calibration_subset, load_split
 from examples.networks.scores import accuracy
+from examples.quiet import quiet_hosts
 
 BATCH = ({0: torch.export.Dim("batch", min=2, max=1024)},)
 
@@ -40,7 +40,7 @@ def quantize(method: Method) -> torch.fx.GraphModule:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
+    quiet_hosts()
     split = load_split()
     print(f"float: {accuracy(load('resnet32')[0], split.test_images, split.test_labels):.1f} %")
     for method in (Direct(bits=3), DQA(bits=3)):

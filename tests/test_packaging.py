@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import dqa_plugins
+from dqa_plugins.errors import missing
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +77,23 @@ def test_the_core_imports_no_framework_and_no_adapter() -> None:
         "print([m for m in bad if m in sys.modules])"
     )
     assert run(code) == "[]"
+
+
+def test_a_missing_package_is_asked_for_by_an_extra_that_brings_it() -> None:
+    """In the words that work for a checkout: no index has the package."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    calls = [
+        [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        for path in [*(ROOT / "dqa_plugins").rglob("*.py"), *(ROOT / "adapters").rglob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "missing"
+    ]
+    assert len(calls) >= 5
+    for package, extra, purpose in calls:
+        assert any(requirement.startswith(package) for requirement in extras[extra]), (package, extra)
+        message = str(missing(package, extra, purpose))
+        assert f"pip install -e '.[{extra}]'" in message, message
+        assert "dqa-plugins[" not in message, message
 
 
 def test_the_version_is_the_changelogs_newest() -> None:

@@ -37,6 +37,10 @@ class NNCFQuantizer(ActivationQuantizer, StatefulModuleInterface):
     Not a BaseQuantizer of NNCF: `nncf.strip` would turn those into torch's int8 FakeQuantize, or refuse them.
     """
 
+    def __dir__(self) -> list[str]:
+        """Without properties: torch.jit.trace, as in openvino.convert_model(model), reads all names; some raise."""
+        return [name for name in super().__dir__() if not isinstance(getattr(type(self), name, None), property)]
+
     def forward(self, x: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Observe or fake-quantize x, (B, ...)."""
         if prediction is not None:

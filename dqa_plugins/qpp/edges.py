@@ -43,8 +43,8 @@ def wire(model: GraphModule, node: Node, quantizer: ActivationQuantizer) -> None
     if predictor is None:
         return
     target = str(node.target)
-    first = next(n for n in model.graph.nodes if n.op == "call_module" and n.target == target)
-    if first is not node:  # a shared quantizer predicts once
+    first = _first_call(model, target)
+    if first is not None and first is not node:  # a shared quantizer predicts once
         node.args = (node.args[0], first.args[1])
         return
     graph = model.graph
@@ -60,8 +60,20 @@ def wire(model: GraphModule, node: Node, quantizer: ActivationQuantizer) -> None
     node.args = (node.args[0], prediction)
 
 
+def _first_call(model: GraphModule, target: str) -> Node | None:
+    """The first node that calls a module; by FX's table, a scan for each site would be quadratic."""
+    return next(iter(model.graph.find_nodes(op="call_module", target=target)), None)
+
+
 def _calls(model: GraphModule, name: str) -> Node:
     """The first call of the quantizer of that name, converted or not."""
+    target = f"quantizer_{name.replace('.', '_')}"  # as `host.convert` calls those that are converted
+    while (module := getattr(model, target, None)) is not None:
+        if isinstance(module, ActivationQuantizer) and module.name == name:
+            found = _first_call(model, target)
+            if found is not None:
+                return found
+        target += "_"
     for node in model.graph.nodes:
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
@@ -73,10 +85,12 @@ def _calls(model: GraphModule, name: str) -> Node:
 
 def _features(model: GraphModule, node: Node, site: str, mode: str) -> Node:
     graph = model.graph
-    for known in graph.nodes:  # by what it is of: 'a.b_c' and 'a_b.c' would give one name
-        module = model.get_submodule(str(known.target)) if known.op == "call_module" else None
+    # by what it is of: 'a.b_c' and 'a_b.c' would give one name
+    for name, module in model.named_children():
         if isinstance(module, SiteFeatures) and (module.site, module.mode) == (site, mode):
-            return known
+            known = _first_call(model, name)
+            if known is not None:
+                return known
     target = f"predictor_{site.replace('.', '_')}" + ("" if mode == "extended" else f"_{mode}")
     while hasattr(model, target):
         target += "_"
@@ -96,8 +110,8 @@ def _features(model: GraphModule, node: Node, site: str, mode: str) -> Node:
 def _summary(model: GraphModule, name: str) -> Node:
     quantized = _calls(model, name)
     target = f"{quantized.target}.predictor.summary"
-    for user in model.graph.nodes:
-        if user.op == "call_module" and user.target == target:
-            return user
+    known = _first_call(model, target)
+    if known is not None:
+        return known
     with model.graph.inserting_after(quantized):
         return model.graph.call_module(target, quantized.args)

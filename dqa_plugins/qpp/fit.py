@@ -40,13 +40,19 @@ def fit(model: nn.Module) -> None:
     """
     summaries: dict[str, tuple[Tensor, Tensor]] = {}
     fallen: dict[str, list[str]] = {}
-    for name, quantizer in iter_quantizers(model):
-        predictor = quantizer.predictor
-        if predictor is None or predictor.fitted or quantizer.calibration.count == 0:
-            continue
+    wanted = [
+        (name, quantizer, quantizer.predictor)
+        for name, quantizer in iter_quantizers(model)
+        if quantizer.predictor is not None and not quantizer.predictor.fitted and quantizer.calibration.count
+    ]
+    last = {earlier: name for name, _, predictor in wanted for earlier in predictor.history}  # who reads it last
+    for name, quantizer, predictor in wanted:
         reason = _fit_one(quantizer, predictor, summaries)
         # a site's own quantizer takes its statistic from the tensor at hand, whatever a fit would say
         predictor.reason = "" if predictor.reads_itself(quantizer.name) else reason
+        for earlier in [*predictor.history, quantizer.name]:
+            if last.get(earlier, name) == name:  # memory does not grow with the depth of the network
+                summaries.pop(earlier, None)
         if predictor.reason:
             fallen.setdefault(predictor.reason, []).append(name or "unnamed quantizer")
     for reason, names in fallen.items():

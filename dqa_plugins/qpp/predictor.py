@@ -115,12 +115,14 @@ class Predictor(StateModule):
     def observe(self, site: Site, x: Tensor, statistic: Tensor) -> bool:
         """See `QParamsSource`."""
         self.summary.axis = self.own.axis = site.channel_axis
-        session = current() or Session(self.record.forwards + 1, self.record.count)
+        session = current() or Session(self.record.forwards + 1, self.record.next_sample)
         features = self._features(site, x, session)
         if len(features) == len(x):  # else rows of another batch: nothing to learn from
             samples = torch.arange(session.first_sample, session.first_sample + len(x), device=x.device)
+            source, axis = site.method.prediction, site.channel_axis
+            twins = self.mode == "extended" and source.augment is not False
             granularity = site.method.granularity
-            self.record.observe(x, samples, features, statistic, granularity, site.channel_axis, session.number)
+            self.record.observe(x, samples, features, statistic, granularity, axis, session.number, twins)
         return not session.augmented
 
     def freeze(self, site: Site) -> None:

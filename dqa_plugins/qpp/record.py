@@ -10,13 +10,17 @@ from dqa_plugins.state import StateModule
 
 from .features import channel_features, log
 
-LIMIT = 2048  # rows; the batch that reaches it is kept whole, with its augmented samples
+LIMIT = 2048  # rows: half as many samples where each has an augmented twin
 _SHARES = tuple(0.3 * 0.5**k for k in range(16))  # 30% down to 1e-5
 _COARSE = tuple(0.3 * 0.2**k for k in range(6))  # of each channel
 
 
 class SampleRecord(StateModule):
-    """One row per calibration sample.
+    """One row per calibration sample, and one per augmented sample.
+
+    Which samples have rows depends on their numbers alone, so a sample and its augmented twin are recorded together or
+    not at all, and records of several processes merge exactly. Memory: `LIMIT` rows of at most 8 * (20 + 2 * 64) +
+    4 * G * (S + 34) bytes (14 instead of 34 where G > 1).
 
     Buffers (M samples, S statistics, G groups, T tail points):
         samples: (M,) int64, which sample; an augmented one has the number of its original.
@@ -38,7 +42,9 @@ class SampleRecord(StateModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.forwards = self.added = 0  # number of the last forward, and the rows that it gave
+        self.forwards = self.added = 0  # number of the last forward, and the samples that it gave rows
+        # (number of the first sample, how many follow) of this process, where others calibrate too
+        self.declared: tuple[int, int] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -70,32 +76,49 @@ class SampleRecord(StateModule):
         """Rows."""
         return len(self.samples)
 
+    @property
+    def next_sample(self) -> int:
+        """The number of the sample after those seen, as far as rows tell."""
+        first = 0 if self.declared is None else self.declared[0]
+        return max(first, int(self.samples.max()) + 1 if self.count else 0)
+
     @torch.no_grad()
     def observe(
-        self, x: Tensor, samples: Tensor, features: Tensor, statistic: Tensor, granularity: str, axis: int, step: int
+        self,
+        x: Tensor,
+        samples: Tensor,
+        features: Tensor,
+        statistic: Tensor,
+        granularity: str,
+        axis: int,
+        step: int,
+        twins: bool = False,
     ) -> None:
         """Add the rows of a batch; a second call in one forward (`step`) widens those of the first.
 
         Args:
             x: (B, ...) finite.
-            samples: (B,) their numbers.
+            samples: (B,) their numbers, ascending.
             features: (B, F).
             statistic: (B, S, G).
             granularity, axis: of the groups.
             step: number of the forward.
+            twins: every sample is observed a second time, augmented.
         """
+        wanted = int((samples < (LIMIT // 2 if twins else LIMIT)).sum())
+        again, self.forwards = step == self.forwards, step
+        if wanted == 0:
+            self.added = 0
+            return
+        x, samples, features, statistic = x[:wanted], samples[:wanted], features[:wanted], statistic[:wanted]
         tails, means = _tails(x, granularity, axis), x.abs().flatten(1).double().mean(1)
-        if step == self.forwards:
-            if self.added == len(x):
-                rows = slice(self.count - len(x), self.count)
+        if again:
+            if self.added == wanted:
+                rows = slice(self.count - wanted, self.count)
                 self.statistic[rows] = torch.maximum(self.statistic[rows], statistic)
                 self.tails[rows] = torch.maximum(self.tails[rows], tails)
             return
-        self.forwards, self.added = step, 0
-        twins = 0 < len(x) <= self.count and torch.equal(self.samples[-len(x) :].to(samples), samples)
-        if self.count >= LIMIT and not twins:  # the augmented rows of a batch follow those of its originals
-            return
-        self.added = len(x)
+        self.added = wanted
         new = {"samples": samples, "features": features, "statistic": statistic, "tails": tails, "means": means}
         new["channels"] = channel_features(x, axis)
         for name, value in new.items():
@@ -103,6 +126,21 @@ class SampleRecord(StateModule):
             value = value.to(held.device if held.numel() else value.device)
             setattr(self, name, value.clone() if held.numel() == 0 else torch.cat([held, value]))
         self.elements = torch.tensor(x[0].numel() // tails.shape[-1], dtype=torch.int64, device=self.elements.device)
+
+    @torch.no_grad()
+    def merge(self, other: SampleRecord) -> None:
+        """Add the rows of samples that came after this one's; the result is the record of both.
+
+        Args:
+            other: of the same site; its samples are numbered after this one's.
+        """
+        if other.count == 0:
+            return
+        first = self.count == 0
+        for name in ("samples", "features", "channels", "statistic", "tails", "means"):
+            held, value = getattr(self, name), getattr(other, name)
+            setattr(self, name, value.clone() if first else torch.cat([held, value]))
+        self.elements = other.elements.clone()
 
     def share_beyond(self, prediction: Tensor) -> Tensor:
         """Share of each sample's values outside a range, interpolated between the tail points.

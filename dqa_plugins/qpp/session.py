@@ -107,7 +107,7 @@ class Forwards:
     Args:
         inputs: (site, mode) of the model's inputs that are sites.
         augmentation: calibration runs each batch again with what this makes of it; None: once.
-        calibrating: samples are numbered, for calibration.
+        calibrating: samples are numbered, until no predicted quantizer of the model observes any more.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class Forwards:
     def attach(self, model: nn.Module) -> Forwards:
         """Hook the calls of a model, and of its copies; replaces earlier hooks."""
         detach(model)
+        self._resume(model)
         self.handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -131,6 +132,12 @@ class Forwards:
         if isinstance(model, torch.fx.GraphModule):  # copies of graphs lose their hooks (torch 2.13)
             model._deepcopy_hooks = [*getattr(model, "_deepcopy_hooks", []), self._follow]
         return self
+
+    def _resume(self, model: nn.Module) -> None:
+        """Before the first forward: calibration may have begun elsewhere, in another process, in a copy's original."""
+        if self.count == 0:
+            records = [quantizer.predictor.record for quantizer in predicted_quantizers(model)]
+            self.next_sample = max((record.next_sample for record in records), default=0)
 
     def _follow(self, twin: nn.Module) -> None:
         copy.copy(self).attach(twin)
@@ -172,11 +179,9 @@ class Forwards:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = current()
         nested = session is not None and session.augmented
-        if (
-            self.calibrating and self.count == 0
-        ):  # calibration may have begun elsewhere: in another process, in the original of a copy
-            rows = [m.predictor.record.samples for m in predicted_quantizers(model)]
-            self.next_sample = max((int(samples.max()) + 1 for samples in rows if len(samples)), default=0)
+        self.calibrating = self.calibrating and observes(model)
+        if self.calibrating:
+            self._resume(model)
         self.start(positional(model, args, kwargs), augmented=nested)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -197,6 +202,13 @@ class Forwards:
                     model(*args, **kwargs)
             finally:
                 end(marker)
+
+
+def forwards_of(model: nn.Module) -> list[Forwards]:
+    """The hooks of `Forwards` on a model and on the modules in it."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return [owner for owner in owners if isinstance(owner, Forwards)]
 
 
 def detach(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..processes import Processes
 from ..quantizer import ActivationQuantizer
 from .checkpoint import Checkpoint
 from .errors import MetricError, RankingError
@@ -17,7 +18,7 @@ from .identity import identity
 from .progress import Progress
 from .scoring import Batches, Metric, Scorer, batch_size
 from .search_model import SearchModel, check_rankable
-from .strategies import error_scores, measured_errors, random_scores, taylor_scores
+from .strategies import kept_errors, measured_errors, random_scores, taylor_scores
 from .table import LayerRanks, RankTable
 
 Strategy = Literal["greedy", "taylor", "error", "random"]
@@ -41,6 +42,9 @@ def rank_channels(
     The search runs on a copy: apart from the extra bits, which are set at the very end, nothing of `model` changes.
     Quantizers of methods without important channels quantize as they are while later layers are searched.
 
+    Where torch.distributed is initialised, every rank calls this with the same model and the same batches (it shares
+    the candidates, not the data), and all get the table of one process.
+
     Args:
         model: prepared by any adapter (or with ActivationQuantizers placed by hand) and calibrated.
         batches: (inputs, targets), read once and kept; inputs is a tensor, a tuple of positional inputs, or a dict of
@@ -56,6 +60,7 @@ def rank_channels(
         seed: of "random", and of random operations in the model.
         strict: ties go to the lower index, the first best, as in the paper.
         checkpoint: file that greedy writes after every layer and resumes from. A finished one gives its table at once.
+            Of several ranks the first reads and writes it.
         memory: bytes for cached activations and stacked passes (greedy on graphs).
 
     Returns:
@@ -66,34 +71,59 @@ def rank_channels(
         UncalibratedQuantizer: a quantizer saw no data.
         RankingError: an argument cannot be used. MetricError: the metric is not one finite score per sample.
         CheckpointMismatch: the checkpoint belongs to another model, other data or other settings.
+        RanksDiffer: ranks were given different models, data or settings. RankLost: a rank died, raised, or did not call
+            within the group's timeout.
     """
+    ranks = Processes()
     if strategy not in STRATEGIES:
         raise RankingError(f"strategy={strategy!r}: one of {', '.join(map(repr, STRATEGIES))}.")
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
         raise RankingError(f"memory={memory!r}: a positive number of bytes.")
     if checkpoint is not None and strategy != "greedy":
         raise RankingError(f"checkpoint is for strategy='greedy'; {strategy!r} has nothing to resume.")
-    rankable = check_rankable(model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)  # the CPU's only: fork_rng gives it back
-        frozen = any(q.state == "frozen" for q in rankable.values())
-        listed = _list(batches, strategy, needed=strategy in ("greedy", "taylor") or (strategy == "error" and frozen))
+        settings = {"strategy": strategy, "metric": metric, "strict": strict, "seed": seed}
+        rankable, listed, belongs = _agreed(model, batches, settings, memory, ranks, checkpoint is not None)
         scorer = Scorer(metric)
         total = sum(q.num_channels or 0 for q in rankable.values())
+        progress = progress and ranks.rank == 0
         if strategy == "greedy":
-            settings = {"strategy": strategy, "metric": metric, "strict": strict, "seed": seed}
-            store = Checkpoint(checkpoint, {} if checkpoint is None else identity(model, rankable, listed, settings))
+            store = Checkpoint(checkpoint, belongs, ranks)
             done = sum(layer.channels for layer in store.done.values())
             with Progress(total, progress, done) as bar:
                 if done < total:
-                    greedy(SearchModel(model), listed, scorer, store, bar, strict=strict, memory=memory)
+                    greedy(SearchModel(model), listed, scorer, store, bar, ranks, strict=strict, memory=memory)
             layers = [store.done[name] for name in rankable]
         else:
             with Progress(total, progress) as bar:
-                layers = _without_search(model, rankable, listed, strategy, metric, seed, bar)
+                layers = _without_search(model, rankable, listed, strategy, metric, seed, bar, ranks)
     table = RankTable(tuple(layers), strategy, scorer.name if strategy == "greedy" else "", seed, strict)
     table.apply(model)
     return table
+
+
+def _agreed(
+    model: nn.Module, batches: Any, settings: dict[str, Any], memory: int, ranks: Processes, resumed: bool
+) -> tuple[dict[str, ActivationQuantizer], Batches, dict[str, Any]]:
+    """The quantizers to rank, the batches, and what a checkpoint of this ranking belongs to; the same on all ranks."""
+    rankable: dict[str, ActivationQuantizer] = {}
+    listed: Batches = []
+    belongs: dict[str, Any] = {}
+
+    def read() -> dict[str, Any]:
+        rankable.update(check_rankable(model))
+        strategy = settings["strategy"]
+        frozen = any(q.state == "frozen" for q in rankable.values())
+        needed = strategy in ("greedy", "taylor") or (strategy == "error" and frozen)
+        listed.extend(_list(batches, strategy, needed=needed))
+        if resumed or ranks.size > 1:
+            belongs.update(identity(model, rankable, listed, settings))
+        return {**belongs, "memory": memory, "checkpoint": resumed}
+
+    hint = "Give every rank the same batches and settings, and a model whose calibration is merged (synchronize)."
+    ranks.agree(read, "rank_channels", hint)
+    return rankable, listed, belongs
 
 
 def _without_search(
@@ -104,19 +134,19 @@ def _without_search(
     metric: Metric | None,
     seed: int,
     progress: Progress,
+    ranks: Processes,
 ) -> list[LayerRanks]:
     found: dict[str, Tensor]
     if strategy == "taylor":
-        found = taylor_scores(SearchModel(model), batches, metric, progress)
-    elif strategy == "error" and any(q.state == "frozen" for q in rankable.values()):
-        found = measured_errors(SearchModel(model), batches)
-        progress.advance(sum(map(len, found.values())))
+        found = taylor_scores(SearchModel(model), batches, metric, progress, ranks)
     else:
-        found = {}
-        for name, quantizer in rankable.items():
-            channels = quantizer.num_channels or 0
-            found[name] = error_scores(quantizer) if strategy == "error" else random_scores(name, channels, seed)
-            progress.advance(channels)
+        if strategy == "random":
+            found = {name: random_scores(name, q.num_channels or 0, seed) for name, q in rankable.items()}
+        elif any(q.state == "frozen" for q in rankable.values()):
+            found = measured_errors(SearchModel(model), batches, ranks)
+        else:
+            found = kept_errors(rankable, ranks)
+        progress.advance(sum(map(len, found.values())))
     layers = []
     for name in rankable:
         scores = found[name]

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..processes import Processes
 from .errors import CheckpointMismatch, RankTableError
 from .json_files import read_json, write_json
 from .table import LayerRanks, RankTable
@@ -25,20 +26,28 @@ class Checkpoint:
     Args:
         path: of the file, or None: nothing is kept.
         identity: what the ranking belongs to, JSON-compatible, as `identity` made it.
+        ranks: of which the first reads and writes the file.
 
     Raises:
         CheckpointMismatch: the file belongs to something else; the message says what differs.
         RankTableError: the file is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, identity: dict[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, identity: dict[str, Any], ranks: Processes) -> None:
         self.path = None if path is None else Path(path)
         self.identity = json.loads(json.dumps(identity))
         self.done: dict[str, LayerRanks] = {}
-        if self.path is not None and self.path.exists():
-            self._read(self.path)
+        self._ranks = ranks
+        if self.path is not None:
+            told = ranks.share(self._table, "the checkpoint of a ranking")[0]
+            if told is not None:
+                self.done = {layer.name: layer for layer in RankTable.from_dict(told, f"{str(path)!r}")}
 
-    def _read(self, path: Path) -> None:
+    def _table(self) -> dict[str, Any] | None:
+        """What the file holds, if this process reads it and there is one."""
+        if self._ranks.rank or self.path is None or not self.path.exists():
+            return None
+        path = self.path
         data = read_json(path)
         if not isinstance(data, dict) or data.get("schema") != SCHEMA or data.get("version") != VERSION:
             raise RankTableError(
@@ -60,14 +69,15 @@ class Checkpoint:
                 f"{str(path)!r}: its table ranks {done[:3]}, the search goes through {expected[:3]}; the file is "
                 "damaged. Delete it."
             )
-        self.done = {layer.name: layer for layer in table}
+        return table.to_dict()
 
     def add(self, layer: LayerRanks) -> None:
         """Remember a ranked layer, on disk too."""
         self.done[layer.name] = layer
         if self.path is not None:
-            table = RankTable(tuple(self.done.values()), "greedy")
-            write_json(
-                self.path,
-                {"schema": SCHEMA, "version": VERSION, "identity": self.identity, "table": table.to_dict()},
-            )
+            self._ranks.share(self._write, "the checkpoint of a ranking")
+
+    def _write(self) -> None:
+        if self._ranks.rank == 0 and self.path is not None:
+            table = RankTable(tuple(self.done.values()), "greedy").to_dict()
+            write_json(self.path, {"schema": SCHEMA, "version": VERSION, "identity": self.identity, "table": table})

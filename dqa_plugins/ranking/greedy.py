@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from torch.fx import GraphModule
 
+from ..processes import Processes
+from ..sharing import shared
 from .checkpoint import Checkpoint
 from .prefix import PrefixEvaluator
 from .progress import Progress
@@ -29,6 +32,7 @@ def greedy(
     scorer: Scorer,
     checkpoint: Checkpoint,
     progress: Progress,
+    ranks: Processes,
     *,
     strict: bool,
     memory: int,
@@ -39,10 +43,11 @@ def greedy(
         search: a frozen copy of the model.
         batches: (inputs, targets).
         scorer: the metric.
+        ranks: share the candidates.
         strict: ties go to the lower index at once.
         memory: bytes for cached prefixes and stacked passes.
     """
-    evaluator = _evaluator(search, batches, scorer, memory)
+    evaluator = _evaluator(search, batches, scorer, memory, ranks)
     for index, site in enumerate(search.sites):
         if not site.rankable:
             continue
@@ -62,10 +67,11 @@ class FullForward:
         search: the copy to run.
         batches: (inputs, targets).
         scorer: what outputs are worth.
+        ranks: share the candidates.
     """
 
-    def __init__(self, search: SearchModel, batches: Batches, scorer: Scorer) -> None:
-        self.search, self.batches, self.scorer = search, batches, scorer
+    def __init__(self, search: SearchModel, batches: Batches, scorer: Scorer, ranks: Processes) -> None:
+        self.search, self.batches, self.scorer, self.ranks = search, batches, scorer, ranks
 
     def scores(self, index: int, channels: int, advance: Callable[[int], None]) -> SiteScores:
         """Scores of all C channels of a layer.
@@ -78,22 +84,30 @@ class FullForward:
         site = self.search.sites[index]
         self.search.quantize_before(index)
         site.active = True
-        found = []
-        for site.left_out in range(channels):
-            means = Means()
-            for inputs, targets in self.batches:
-                outputs = forward(self.search.model, inputs)
-                means.add(*self.scorer(outputs, targets, f"{site.name!r}, channel {site.left_out}"))
-            found.append(means)
-            advance(1)
-        return site_scores(found)
+
+        def measure() -> list[Any]:
+            found = []
+            for site.left_out in self.ranks.mine(channels):
+                means = Means()
+                for inputs, targets in self.batches:
+                    outputs = forward(self.search.model, inputs)
+                    means.add(*self.scorer(outputs, targets, f"{site.name!r}, channel {site.left_out}"))
+                found.append(means.to_list())
+                advance(1)
+            return found
+
+        parts = shared(self.ranks, measure, f"ranking {site.name!r}")
+        advance(channels - len(parts[self.ranks.rank]))
+        return site_scores([Means.from_list(parts[c % self.ranks.size][c // self.ranks.size]) for c in range(channels)])
 
 
-def _evaluator(search: SearchModel, batches: Batches, scorer: Scorer, memory: int) -> FullForward | PrefixEvaluator:
+def _evaluator(
+    search: SearchModel, batches: Batches, scorer: Scorer, memory: int, ranks: Processes
+) -> FullForward | PrefixEvaluator:
     if isinstance(search.model, GraphModule):
-        prefix = PrefixEvaluator(search, batches, scorer, memory)
+        prefix = PrefixEvaluator(search, batches, scorer, memory, ranks)
         keywords = any(isinstance(inputs, dict) for inputs, _ in batches)
         if prefix.usable() and not (keywords and prefix.replay.flattened):
             return prefix
     logger.info("%s is no graph that can be cut: one full forward pass per channel", type(search.model).__name__)
-    return FullForward(search, batches, scorer)
+    return FullForward(search, batches, scorer, ranks)

@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 
 from ..methods import method_to_dict
 from ..quantizer import ActivationQuantizer
+from ..state import StateModule
 
 _RANKED = ("extra_bits", "_extra_state")  # what a ranking changes: a model ranked before is still the same model
 _BY_NAME = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy", "dqa_plugins"}
@@ -129,7 +130,7 @@ def _class(kind: type) -> list[Any]:
 
 def _module(module: nn.Module) -> list[Any]:
     """What a module computes, apart from its tensors and submodules: class, plain settings, functions, its graph."""
-    if isinstance(module, ActivationQuantizer):  # the layers tell; its records move
+    if isinstance(module, StateModule):  # quantizers and their records: the layers and tensors tell
         return [type(module)]
     settings = {
         key: value

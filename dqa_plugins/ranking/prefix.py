@@ -22,10 +22,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from ..processes import Processes
+from ..sharing import shared
 from .replay import NotStackable, Replay, tensor_bytes
 from .scoring import Batches, Means, Scorer, SiteScores, batch_size, site_scores
 from .search_model import SearchModel
@@ -42,12 +45,13 @@ class PrefixEvaluator:
         batches: (inputs, targets).
         scorer: what outputs are worth.
         memory: bytes for cached prefixes and for one stacked pass, half each.
+        ranks: share the candidates; stacked passes as they are, so that each gives what it gives in one process.
     """
 
-    def __init__(self, search: SearchModel, batches: Batches, scorer: Scorer, memory: int) -> None:
+    def __init__(self, search: SearchModel, batches: Batches, scorer: Scorer, memory: int, ranks: Processes) -> None:
         if not isinstance(search.model, GraphModule):
             raise TypeError("the model to search is no graph")
-        self.search, self.batches, self.scorer, self.memory = search, batches, scorer, memory
+        self.search, self.batches, self.scorer, self.memory, self.ranks = search, batches, scorer, memory, ranks
         self.replay = Replay(search.model)
         self.calls = [self.replay.calls(site.quantizer) for site in search.sites]
         self._cached: dict[int, Prefix] = {}
@@ -120,14 +124,22 @@ class PrefixEvaluator:
             {channel: means over the batches}.
         """
         site = self.search.sites[index]
-        found = {channel: Means() for channel in channels}
-        for number, prefix in enumerate(self._prefixes(index)):
-            for channel in channels:
-                outputs = single_output(self.replay, prefix, site, channel)
-                found[channel].add(*self.scorer(outputs, prefix.targets, f"{site.name!r}, channel {channel}"))
-                if number == len(self.batches) - 1:
-                    advance(1)
-        return found
+        mine = [channels[position] for position in self.ranks.mine(len(channels))]
+
+        def measure() -> list[Any]:
+            found = [Means() for _ in mine]
+            for number, prefix in enumerate(self._prefixes(index)):
+                for channel, means in zip(mine, found, strict=True):
+                    outputs = single_output(self.replay, prefix, site, channel)
+                    means.add(*self.scorer(outputs, prefix.targets, f"{site.name!r}, channel {channel}"))
+                    if number == len(self.batches) - 1:
+                        advance(1)
+            return [means.to_list() for means in found]
+
+        parts = shared(self.ranks, measure, f"ranking {site.name!r}")
+        advance(len(channels) - len(mine))
+        size = self.ranks.size
+        return {channel: Means.from_list(parts[i % size][i // size]) for i, channel in enumerate(channels)}
 
     def _stacked(self, index: int, channels: int) -> SiteScores | None:
         """Scores by stacked passes, settled by single ones; None where stacked ones cannot be trusted."""
@@ -136,10 +148,10 @@ class PrefixEvaluator:
         unchanged = torch.ones(channels, dtype=torch.bool)
         deviation: Deviation | None = None
         for prefix in self._prefixes(index):
-            stack = Stack(self.replay, prefix, self.search.sites[index], self.scorer)
+            stack = Stack(self.replay, prefix, self.search.sites[index], self.scorer, self.ranks)
             if deviation is None:
                 # every sample where the most operations follow, then a few
-                deviation = stack.deviation(COMPARED if self._compared else prefix.size)
+                deviation = self._deviation(stack, COMPARED if self._compared else prefix.size)
                 if deviation is None:
                     return None
                 self._compared = True
@@ -153,6 +165,16 @@ class PrefixEvaluator:
         if deviation is not None:
             self._settle(index, result, doubtful, unchanged.nonzero().flatten().tolist(), deviation)
         return result
+
+    def _deviation(self, stack: Stack, samples: int) -> Deviation | None:
+        """Of stacked passes, as rank 0 finds it: what follows depends on it, and must be the same on all ranks."""
+
+        def measure() -> list[float] | None:
+            found = stack.deviation(samples)
+            return None if found is None else [found.output, found.loss]
+
+        told = shared(self.ranks, measure, f"comparing {stack.site.name!r}")[0]
+        return None if told is None else Deviation(*told)
 
     def _settle(
         self, index: int, result: SiteScores, doubtful: torch.Tensor, unchanged: list[int], deviation: Deviation

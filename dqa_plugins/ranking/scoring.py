@@ -105,6 +105,17 @@ class Means:
             self._losses.append(math.fsum(losses.tolist()))
         self._count += len(scores)
 
+    def to_list(self) -> list[Any]:
+        """JSON-compatible; the inverse of `from_list`."""
+        return [self._scores, self._losses, self._count]
+
+    @classmethod
+    def from_list(cls, state: list[Any]) -> Means:
+        """What another process measured."""
+        found = cls()
+        found._scores, found._losses, found._count = state
+        return found
+
     @property
     def score(self) -> float:
         """Mean score over the samples added."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..processes import Processes
+from ..sharing import shared_tensors
 from .replay import NotStackable, Replay, Values, map_tensors, tensor_bytes
 from .scoring import Scorer
 from .search_model import SearchSite
@@ -85,6 +87,7 @@ class Stack:
         prefix: the batch, run up to the layer.
         site: the searched one.
         scorer: what outputs are worth.
+        ranks: share the passes.
 
     Attributes:
         changes: (B, C) bool: whether leaving a channel out changes anything in a sample.
@@ -94,8 +97,8 @@ class Stack:
         NotStackable: a value does not hold one row per sample.
     """
 
-    def __init__(self, replay: Replay, prefix: Prefix, site: SearchSite, scorer: Scorer) -> None:
-        self.replay, self.prefix, self.site, self.scorer = replay, prefix, site, scorer
+    def __init__(self, replay: Replay, prefix: Prefix, site: SearchSite, scorer: Scorer, ranks: Processes) -> None:
+        self.replay, self.prefix, self.site, self.scorer, self.ranks = replay, prefix, site, scorer, ranks
         quantized, original = self._run_site()
         self.changes = site.changes(original, quantized).cpu()
         live = replay.alive_after(prefix.position, {**prefix.values, prefix.position: quantized})
@@ -185,11 +188,25 @@ class Stack:
         # (channel, sample): first all samples with nothing left out, which is what unchanged samples get
         unchanged = torch.stack([torch.full((size,), -1), torch.arange(size)], 1)
         pairs = torch.cat([unchanged, self.changes.T.nonzero()])
-        parts = [self._score(left_out, rows, deviation) for left_out, rows in (p.unbind(1) for p in pairs.split(step))]
+        passes = pairs.split(step)
+
+        def score() -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for number in self.ranks.mine(len(passes)):
+                left_out, rows = passes[number].unbind(1)
+                scored = self._score(left_out, rows, deviation)
+                found |= {f"{number} {kind}": values for kind, values in enumerate(scored)}
+            return found
+
+        parts = {
+            key: value
+            for part in shared_tensors(self.ranks, score, f"ranking {self.site.name!r}")
+            for key, value in part.items()
+        }
         channel, sample = pairs[size:].unbind(1)
         tables = []
-        for found in zip(*parts, strict=True):
-            values = torch.cat(found)
+        for kind in range(3):
+            values = torch.cat([parts[f"{number} {kind}"] for number in range(len(passes))])
             table = values[:size].repeat(channels, 1)
             table[channel, sample] = values[size:]
             tables.append(table)

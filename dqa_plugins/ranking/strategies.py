@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..errors import UnsupportedInput
 from ..metrics import cross_entropy, is_classification
+from ..processes import Processes
 from ..quantizer import ActivationQuantizer
 from ..resolve import kept_values
 from ..search import channel_errors
+from ..sharing import by_batch, by_piece
 from .errors import MetricError, RankingError
 from .progress import Progress
 from .scoring import Batches, Metric, forward
@@ -34,7 +36,14 @@ def error_scores(quantizer: ActivationQuantizer) -> Tensor:
     return channel_errors(kept)
 
 
-def measured_errors(search: SearchModel, batches: Batches) -> dict[str, Tensor]:
+def kept_errors(sites: dict[str, ActivationQuantizer], ranks: Processes) -> dict[str, Tensor]:
+    """`error_scores` of every site, {site name: (C,) float64}; ranks share the sites."""
+    quantizers = list(sites.values())
+    found = by_piece(len(quantizers), lambda k: error_scores(quantizers[k]), ranks, "error scores")
+    return dict(zip(sites, found, strict=True))
+
+
+def measured_errors(search: SearchModel, batches: Batches, ranks: Processes) -> dict[str, Tensor]:
     """Mean squared error of Direct at n bits on the activations of the float model for these batches.
 
     For frozen quantizers, which have forgotten their calibration values (Brevitas and NNCF models are frozen as soon as
@@ -43,6 +52,7 @@ def measured_errors(search: SearchModel, batches: Batches) -> dict[str, Tensor]:
     Args:
         search: a frozen copy; nothing in it is quantized here.
         batches: (inputs, anything).
+        ranks: share the batches.
 
     Returns:
         {site name: (C,) float64}; zeros for a layer that these batches never reach.
@@ -51,16 +61,24 @@ def measured_errors(search: SearchModel, batches: Batches) -> dict[str, Tensor]:
     totals = {site.name: torch.zeros(site.channels, dtype=torch.float64) for site in sites}
     counts = dict.fromkeys(totals, 0)
 
-    def measure(site: SearchSite, x: Tensor, *predictions: Tensor) -> Tensor:
-        error = (x - site.quantize(x.clone(), *predictions)).double().square()
-        squared = site.channels_first(error).flatten(2)
-        totals[site.name] += squared.sum((0, 2)).cpu()
-        counts[site.name] += squared.shape[0] * squared.shape[2]
-        return x
+    def measure(number: int) -> dict[str, Tensor]:
+        calls: list[tuple[SearchSite, Tensor, int]] = []
 
-    with _replaced(sites, measure):
-        for inputs, _ in batches:
-            forward(search.model, copy.deepcopy(inputs))
+        def record(site: SearchSite, x: Tensor, *predictions: Tensor) -> Tensor:
+            error = (x - site.quantize(x.clone(), *predictions)).double().square()
+            squared = site.channels_first(error).flatten(2)
+            calls.append((site, squared.sum((0, 2)).cpu(), squared.shape[0] * squared.shape[2]))
+            return x
+
+        with _replaced(sites, record):
+            forward(search.model, copy.deepcopy(batches[number][0]))
+        return {f"{call} {sites.index(site)} {count}": squared for call, (site, squared, count) in enumerate(calls)}
+
+    for found in by_batch(len(batches), measure, ranks):
+        for key, squared in found.items():
+            _, site, count = map(int, key.split())
+            totals[sites[site].name] += squared
+            counts[sites[site].name] += count
     return {name: total / max(counts[name], 1) for name, total in totals.items()}
 
 
@@ -84,7 +102,7 @@ def random_scores(name: str, channels: int, seed: int) -> Tensor:
 
 
 def taylor_scores(
-    search: SearchModel, batches: Batches, metric: Metric | None, progress: Progress
+    search: SearchModel, batches: Batches, metric: Metric | None, progress: Progress, ranks: Processes
 ) -> dict[str, Tensor]:
     """Squared first-order change of the loss when a channel is quantized, mean over samples.
 
@@ -95,6 +113,7 @@ def taylor_scores(
         search: a frozen copy; nothing in it is quantized here.
         batches: (inputs, targets).
         metric: differentiable, its negative is the loss; None: cross-entropy.
+        ranks: share the batches.
 
     Returns:
         {site name: (C,) float64 scores}; zeros for a layer that these batches never reach.
@@ -106,10 +125,12 @@ def taylor_scores(
     sites = [site for site in search.sites if site.rankable]
     totals = {site.name: torch.zeros(site.channels, dtype=torch.float64) for site in sites}
     samples = 0
-    for inputs, targets in batches:
+
+    def measure(number: int) -> dict[str, Tensor]:
+        inputs, targets = batches[number]
         calls: list[tuple[SearchSite, Tensor, Tensor]] = []  # site, activation, x - Q(x)
 
-        def record(site: SearchSite, x: Tensor, *predictions: Tensor, calls: Any = calls) -> Tensor:
+        def record(site: SearchSite, x: Tensor, *predictions: Tensor) -> Tensor:
             if not x.is_floating_point():
                 raise UnsupportedInput(f"{site.quantizer.label} quantizes floating-point tensors; got {x.dtype}.")
             with torch.no_grad():
@@ -125,9 +146,12 @@ def taylor_scores(
             found = error * 0 if gradient is None else error * gradient
             found = site.channels_first(found.double()).flatten(2).sum(2)
             changes[site.name] = changes[site.name] + found if site.name in changes else found
-        for name, change in changes.items():
-            totals[name] += change.square().sum(0).cpu()
-        samples += count
+        return {"": torch.tensor(count)} | {name: change.square().sum(0).cpu() for name, change in changes.items()}
+
+    for found in by_batch(len(batches), measure, ranks):
+        samples += int(found.pop(""))
+        for name, change in found.items():
+            totals[name] += change
     progress.advance(sum(map(len, totals.values())))
     return {name: total / samples for name, total in totals.items()}
 

@@ -14,18 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
-from ..errors import InvalidMethod, NonFiniteInput, UncalibratedQuantizer, UnsupportedCombination
+from ..errors import InvalidMethod, UncalibratedQuantizer
 from ..grid import Grid
-from ..metrics import cross_entropy
+from ..processes import Processes
 from ..quantizer import ActivationQuantizer
+from ..sharing import by_piece
 from .coder import engine
 from .coder.histograms import entropy_bits
 from .format.layout import Layout
 from .model.sites import StoredSite
 from .samples import CalibrationSamples, sample_grid
+from .sensitivity import sensitivities, stored_sites
 from .tables import build_codebook
 
 _ROUNDS = 4  # corrections of the order-0 estimate by the tables that are really made
@@ -47,13 +49,17 @@ class _Candidate:
         step = step.double().mean(0).flatten().clamp(min=1e-30)
         # m at which the step is 1 / sqrt(sensitivity): the factor of all layers is added to it
         self.level = torch.log2(step * sensitivity.clamp(min=1e-30).sqrt()).numpy()
-        self.entropy = np.stack([self._entropy(int(m)) for m in self.choices])  # (choices, C) bits per value
+        self.entropy = np.empty(0)  # (choices, C) bits per value, see `entropies`
 
     def _grid(self, extra: Tensor) -> Grid:
         return sample_grid(self.samples, self.quantizer, {"extra_bits": extra})
 
     def _codes(self, extra: Tensor) -> np.ndarray:
         return self._grid(extra).codes(self.samples.values).movedim(1, 0).flatten(1).numpy()
+
+    def entropies(self) -> Tensor:
+        """(choices, C) order-0 bits per value."""
+        return torch.from_numpy(np.stack([self._entropy(int(m)) for m in self.choices]))
 
     def _entropy(self, m: int) -> np.ndarray:
         rows = self._codes(torch.full((self.samples.values.shape[1],), m))
@@ -91,85 +97,21 @@ def coded_bits(layout: Layout, codes: np.ndarray) -> float:
     return 8 * (int(sizes.sum()) + 10 * layout.coded_chunks) / codes.size
 
 
-def _sites(model: nn.Module) -> list[StoredSite]:
-    sites = [m for m in model.modules() if isinstance(m, StoredSite) and m.quantizer.method.has_important_channels]
-    if not sites:
-        raise UnsupportedCombination(
-            "allocate_bits needs stored values with DQA quantizers: prepare_stored(model, DQA())"
-        )
-    for site in sites:
-        if site.quantizer.state != "observe":
-            raise UnsupportedCombination(f"{site.quantizer.label} is frozen; allocate bits before converting.")
-    return sites
+def _measured(candidates: list[_Candidate], vectors: list[np.ndarray], ranks: Processes) -> list[float]:
+    """Bits per value of each site."""
 
+    def measure(k: int) -> Tensor:
+        return torch.tensor(candidates[k].measure(vectors[k]), dtype=torch.float64)
 
-def _sensitivities(model: nn.Module, sites: list[StoredSite], batches: Iterable[Any]) -> dict[StoredSite, Tensor]:
-    """(C,) mean squared gradient over samples and positions.
-
-    With labels, of the cross-entropy of a sample; with inputs alone, of a random projection of the outputs, which
-    stands for their squared error; without batches, one over the power of the tensor: the relative quantization error.
-    """
-    totals: dict[StoredSite, Tensor] = {}
-    counts: dict[StoredSite, int] = {}
-    generator = torch.Generator().manual_seed(0)
-    for batch in batches:
-        inputs, targets = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
-        values: list[tuple[StoredSite, Tensor]] = []
-
-        def record(site: nn.Module, _: Any, out: Tensor, values: list[tuple[StoredSite, Tensor]] = values) -> Tensor:
-            out = out if out.requires_grad else out.detach().requires_grad_()
-            if isinstance(site, StoredSite):
-                values.append((site, out))
-            return out
-
-        handles = [site.register_forward_hook(record) for site in sites]
-        try:
-            with torch.enable_grad():
-                outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-                if targets is None:
-                    loss = (outputs * torch.randn(outputs.shape, generator=generator).to(outputs)).sum()
-                else:
-                    loss = cross_entropy(outputs, targets).sum()
-                found = torch.autograd.grad(loss, [t for _, t in values], allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for (site, value), gradient in zip(values, found, strict=True):
-            square = torch.zeros_like(value) if gradient is None else gradient.square()
-            for what, tensor in (("values", value), ("squared gradients", square)):
-                if not bool(torch.isfinite(tensor).all()):
-                    raise NonFiniteInput(
-                        f"{site.quantizer.label}: allocate_bits got a batch with "
-                        f"{int((~torch.isfinite(tensor)).sum())} {what} that are NaN or Inf, of shape "
-                        f"{tuple(value.shape)}. Find the sample, or the layer, that makes them."
-                    )
-            rows = square.double().movedim(site.quantizer.channel_axis, 0).flatten(1)
-            totals[site] = totals.get(site, 0) + rows.sum(1).cpu()
-            counts[site] = counts.get(site, 0) + rows.shape[1]
-    if totals:
-        return {site: totals[site] / max(counts[site], 1) for site in totals}
-    powers = {}
-    for site in sites:
-        kept = site.samples.values if site.samples is not None else torch.ones(1, 1, 1)
-        powers[site] = torch.full((kept.shape[1],), 1.0 / max(float(kept.double().square().mean()), 1e-30)).double()
-    return powers
-
-
-def _sensitivities_of_a_twin(
-    prepared: GraphModule, sites: list[StoredSite], batches: Iterable[Any]
-) -> dict[StoredSite, Tensor]:
-    """`_sensitivities` without a trace in the model: not in statistics, which observers of an adapter would move."""
-    twin = copy.deepcopy(prepared)
-    for module in twin.modules():  # not eval(), which exported models refuse
-        module.training = False
-    own = dict(zip(_sites(twin), sites, strict=True))
-    for site in own:
-        site.paused = True
-    return {own[site]: value for site, value in _sensitivities(twin, list(own), batches).items()}
+    return [float(bits) for bits in by_piece(len(candidates), measure, ranks, "allocate_bits: coded bits")]
 
 
 def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: float = 1.5) -> dict[str, Tensor]:
     """Give every channel its own extra bits, so that stored bits under joint coding meet a target. In place.
+
+    Where torch.distributed is initialised, every rank calls this with the same model (calibration merged by
+    `distributed.synchronize`) and the same batches: ranks share the backward passes and the sites, and all get the bits
+    of one process.
 
     Args:
         prepared: from `prepare_stored` with a DQA method, calibrated. m lies in [1 - bits, bits], so that `bits` sets
@@ -185,12 +127,18 @@ def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: fl
         UnsupportedCombination: no DQA sites, or they are frozen. UncalibratedQuantizer: no data seen.
         InvalidMethod: the target cannot be met within [1 - bits, bits].
         NonFiniteInput: a batch makes NaN or Inf, in values or gradients.
+        RanksDiffer: ranks were given different models or data. RankLost: a rank died, raised, or did not call within
+            the group's timeout.
     """
+    ranks = Processes()
     if not isinstance(target_bits, int | float) or not 0.25 <= target_bits <= 16:
         raise InvalidMethod(f"target_bits={target_bits!r}: a number of bits per activation from 0.25 to 16.")
-    sites = _sites(prepared)
-    sensitivity = _sensitivities_of_a_twin(prepared, sites, batches)
+    sites = stored_sites(prepared)
+    sensitivity = sensitivities(prepared, sites, list(batches), ranks)
     candidates = [_Candidate(site, sensitivity[site]) for site in sites]
+    found = by_piece(len(candidates), lambda k: candidates[k].entropies(), ranks, "allocate_bits: entropies")
+    for candidate, entropy in zip(candidates, found, strict=True):
+        candidate.entropy = entropy.numpy()
     weights = np.array([c.elements for c in candidates], np.float64)
     weights /= weights.sum()
 
@@ -207,7 +155,7 @@ def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: fl
             low, high = (low, middle) if estimated * ratio > target_bits else (middle, high)
         vectors = [c.vector(low) for c in candidates]
         estimated = average([c.estimate(v) for c, v in zip(candidates, vectors, strict=True)])
-        measured = average([c.measure(v) for c, v in zip(candidates, vectors, strict=True)])
+        measured = average(_measured(candidates, vectors, ranks))
         over = abs(measured - target_bits) + (10.0 if measured > target_bits * 1.02 else 0.0)
         if over < best[0]:
             best = (over, vectors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ChannelAxisError, ChannelMismatch, NonFiniteInput
-from ..quantizer import ActivationQuantizer
+from ..quantizer import LARGEST, ActivationQuantizer
 from .coder import codec
 from .format.codebook import Codebook, check_coding
 from .format.data import two_dimensional
@@ -43,7 +43,8 @@ def pack(
 
     Raises:
         UnknownCoding: there is no such coding.
-        NotPackable: not a floating-point tensor, a quantizer that is not frozen, or another quantizer's codebook.
+        NotPackable: not a floating-point tensor, more than 2^31 - 1 values, a quantizer that is not frozen, or another
+            quantizer's codebook.
         NonFiniteInput: NaN or Inf in x; the message names the layer.
         ChannelMismatch: x has other channels than the quantizer.
     """
@@ -58,6 +59,8 @@ def pack(
         kind = "nested" if x.is_nested else "meta" if x.is_meta else str(x.layout).removeprefix("torch.")
         raise NotPackable(f"{quantizer.label} packs dense tensors; got a {kind} one. Make it dense before.")
     shape, dtype = tuple(x.shape), x.dtype
+    if x.numel() > LARGEST:
+        raise NotPackable(f"{quantizer.label} packs up to 2^31 - 1 values, got {x.numel()}; use smaller batches.")
     x = x.detach().resolve_neg().reshape(two_dimensional(shape))  # numpy knows no negative bit
     axis = axis_of(quantizer)
     check_channels(quantizer, tuple(x.shape))

@@ -7,7 +7,7 @@ beside them, so that dynamic qparams are those of the real tensor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,10 +32,12 @@ class CalibrationSamples:
     Args:
         values: (S, C, L) in the compute dtype.
         extents: (S, G) each, see `ranges.extents`; () where qparams are static.
+        others: samples of another length were left out.
     """
 
     values: Tensor
     extents: tuple[Tensor, ...]
+    others: bool = False
 
 
 @torch.no_grad()
@@ -79,12 +81,13 @@ def join(first: CalibrationSamples | None, second: CalibrationSamples) -> Calibr
     if first is None:
         return second
     if first.values.shape[1:] != second.values.shape[1:]:
-        return first
+        return replace(first, others=True)
     left = samples_wanted(first)
     second = CalibrationSamples(second.values[:left], tuple(e[:left] for e in second.extents))
     return CalibrationSamples(
         torch.cat([first.values, second.values]),
         tuple(torch.cat(pair) for pair in zip(first.extents, second.extents, strict=True)),
+        first.others,
     )
 
 

@@ -17,7 +17,6 @@ import math
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from dqa_plugins.ranking import RankTable, rank_channels
 from examples.networks import load
 from examples.networks.digits import batches as cut_batches
 from examples.networks.digits import calibration_subset, load_split
+from examples.quiet import quiet_hosts
 
 Batches = list[tuple[Tensor, Tensor]]
 Found = dict[str, dict[int, tuple[float, float]]]
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated")
+    quiet_hosts()
     model, _ = load(options.network)
     images, labels = calibration_subset(load_split(), options.images)
     batches = cut_batches(images, labels, options.batch)

@@ -12,7 +12,6 @@ import os
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from examples.quiet import quiet_hosts
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,9 @@ def parse(
 
 
 def settle() -> None:
-    """One thread, and no notice of torch.ao's deprecations on every call. For this process."""
+    """One thread, and no warnings of the hosts on every call. For this process."""
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
+    quiet_hosts()
 
 
 def run_jobs(

@@ -10,6 +10,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch

@@ -97,7 +97,7 @@ def test_every_adapter_is_here() -> None:
 
 @pytest.mark.parametrize("adapter", CONVERT)
 def test_ids_stay_and_the_embedding_is_a_site(adapter: str) -> None:
-    first = {"nncf": "add.0", "brevitas": "start"}.get(adapter, "words")
+    first = "start" if adapter == "brevitas" else "words"
     with torch.no_grad():
         model = CONVERT[adapter](encoder())
         # in Brevitas the site is the identity behind the layer

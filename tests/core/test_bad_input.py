@@ -184,6 +184,25 @@ def test_extra_bits_chosen_before_calibration_are_checked_by_the_first_batch():
         q(data())
 
 
+@every_method
+def test_tensors_beyond_two_to_the_31_values_are_refused(method):
+    """Before anything is allocated: a stride-0 tensor of 2^31 values, which takes four bytes."""
+    from dqa_plugins.storage import pack
+
+    huge = torch.zeros(1, 1, 1, 1).expand(2, 5, 2**15, 2**15)
+    assert huge.numel() > 2**31
+    for state in ("observe", "qat", "frozen"):
+        q = ActivationQuantizer(method, name="layer2.0")
+        if state != "observe":
+            q = calibrated(method, [data()], name="layer2.0", freeze=state == "frozen")
+        if state == "qat":
+            q.start_qat()
+        with pytest.raises(errors.UnsupportedInput, match=r"'layer2\.0'.*and got 10737418240.*smaller"):
+            q(huge)
+    with pytest.raises(errors.DQAError, match=r"'layer2\.0'.*2\^31 - 1 values, got 10737418240"):
+        pack(huge, q)
+
+
 @pytest.mark.parametrize("state", ["observe", "frozen"])
 @pytest.mark.parametrize("how", ["coo", "csr", "mkldnn", "nested", "jagged", "e4m3fn", "e5m2", "e8m0fnu", "float4"])
 def test_layouts_and_dtypes_without_arithmetic(how, state):

@@ -326,3 +326,11 @@ def test_the_input_is_never_changed():
 @given(st.integers(-16, 16), st.sampled_from([torch.float32, torch.float64]))
 def test_powers_of_two_are_exact(exponent, dtype):
     assert float(F.power_of_two(torch.tensor(exponent), dtype)) == 2.0**exponent
+
+
+def test_outliers_have_no_code() -> None:
+    codes, outliers = F.dense_sparse_quantize(
+        torch.tensor([[-1.0, 0.0, 1.0, 2.0, 3.0, 9.0]]), torch.tensor(0.0), torch.tensor(3.0), 2
+    )
+    assert outliers.tolist() == [[True, False, False, False, False, True]]
+    assert codes.tolist() == [[0, 0, 1, 2, 3, 0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -204,3 +205,58 @@ def test_a_factor_of_float64_leaves_float32_as_it_is() -> None:
         found = [p for p in quantizer.runtime_qparams(x.float()) if p is not None]
         assert {p.dtype for p in found} == {torch.float32}
         assert_exact(quantizer(x.float()), by_the_papers(quantizer, x.float()))
+
+
+@pytest.mark.parametrize("step", [0.3, 0.7])
+def test_codes_are_quotients(step: float) -> None:
+    """x / step: times the inverse of the step is a code off where the quotient is a tie, or close to one."""
+    width = torch.tensor(step)
+    x = (torch.arange(-4000, 4000) + 0.5) * width
+    wanted = torch.from_numpy(np.rint(x.numpy() / width.numpy())).int()
+    assert torch.equal(Grid(width, -(2**15), 2**15).codes(x), wanted)
+    assert not torch.equal(torch.round(x * (1 / width)).int(), wanted)  # the values tell the two apart
+
+
+def test_what_a_grid_tells_of_itself() -> None:
+    """Codes of kept values, the width of a code, constants to write down: by hand."""
+    two = torch.tensor(2.0)
+    x = torch.tensor([-9.0, -1.0, 0.0, 3.0, 9.0])
+    kept = Grid(two, -3, 3, keep=(torch.tensor(-4.0), torch.tensor(4.0)))
+    assert kept.codes(x).tolist() == [0, 0, 0, 2, 0]  # -0.5 and 1.5 go to even
+    assert kept.fake_quantize(x).tolist() == [-9.0, 0.0, 0.0, 4.0, 9.0]
+    assert [Grid(two, low, high).width() for low, high in ((0, 1), (0, 15), (-8, 7), (0, 16))] == [1, 4, 4, 5]
+    assert Grid(two, torch.tensor([-8, -2]), torch.tensor([7, 1])).bits() == 3.0
+    biased = Grid(two, -3, 3, bias=torch.tensor([0.0, 0.5])).constants()
+    assert biased.bias is not None
+    assert biased.divisor is not None
+    assert Grid(two, -3, 3, bias=torch.zeros(2)).constants().bias is None
+    assert float(Grid(torch.tensor(0.0), -3, 3).constants().divisor) == float("inf")
+
+
+def test_the_distance_to_where_a_result_jumps() -> None:
+    """In steps: to a rounding tie, to an end of what is kept, and to a tie of the zero point."""
+    two = torch.tensor(2.0)
+    x = torch.tensor([0.0, 0.9, 1.0, 1.5, 2.0])
+    torch.testing.assert_close(Grid(two, -3, 3).tie_distance(x), torch.tensor([0.5, 0.05, 0.0, 0.25, 0.5]))
+    shifted = Grid(two, -3, 3, bias=torch.tensor(1.0)).tie_distance(x)
+    torch.testing.assert_close(shifted, torch.tensor([0.0, 0.45, 0.5, 0.25, 0.0]))
+    kept = Grid(two, -3, 3, keep=(torch.tensor(-2.0), torch.tensor(1.6))).tie_distance(x)
+    torch.testing.assert_close(kept, torch.tensor([0.5, 0.05, 0.0, 0.05, 0.2]))
+    exact = Grid(two, -3, 3, exact_zero=torch.tensor(0.6)).tie_distance(x)
+    torch.testing.assert_close(exact, torch.tensor([0.1, 0.05, 0.0, 0.1, 0.1]))
+
+
+@pytest.mark.parametrize("method", [Direct(), DQA(), NoisyQuant()], ids=lambda m: m.name)
+def test_a_grid_is_proportional_to_its_scale(method: Method) -> None:
+    """What quantizers rest on: they keep the grid of scale 1."""
+    vectors = {"extra_bits": torch.tensor([0, 3]), "noise": torch.tensor([0.5, -1.5])}
+    one, three = (
+        method.grid(QParams(torch.tensor(s)), True, {n: vectors[n] for n in method.vectors}) for s in (1.0, 3.0)
+    )
+    scaled = one.scaled(torch.tensor(3.0))
+    for name in ("step", "low", "high", "bias"):
+        wanted, found = getattr(scaled, name), getattr(three, name)
+        assert (wanted is None) == (found is None)
+        assert wanted is None or torch.equal(torch.as_tensor(found), torch.as_tensor(wanted)), name
+    if method.name == "noisyquant":
+        assert three.bias.tolist() == [1.5, -4.5]

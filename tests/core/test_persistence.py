@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -198,6 +199,21 @@ def test_quantizers_inside_a_model():
     assert not missing.missing_keys
     assert not missing.unexpected_keys
     assert same_bits(other(data(1)), model(data(1)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("state", "foo"), ("state", None), ("axis", "1"), ("channels", 2.0), ("signed", 1), ("index", True)],
+)
+def test_an_extra_state_that_no_quantizer_writes_is_refused(key, value):
+    """It names layer, key and value; the quantizer still computes what it did."""
+    q = calibrated(Direct(), [data()], name="layer1.relu")
+    expected, state = q(data(1)), q.state_dict()
+    fields = json.loads(bytes(state["_extra_state"].numpy()).decode())
+    state["_extra_state"] = to_bytes({**fields, key: value})
+    with pytest.raises(StateMismatch, match=rf"'layer1\.relu'.*{key}={re.escape(repr(value))}"):
+        q.load_state_dict(state)
+    assert same_bits(q(data(1)), expected)
 
 
 def reshaped(value: torch.Tensor) -> torch.Tensor:

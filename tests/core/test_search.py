@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dqa_plugins import DQA, Direct, NoisyQuant
 from dqa_plugins.errors import UnsupportedCombination
 from dqa_plugins.grid import Grid
-from dqa_plugins.search import AMPLITUDES, MEANS, Kept, channel_errors, draw_noise, noise_errors
+from dqa_plugins.search import AMPLITUDES, MEANS, Kept, channel_errors, clip_factor, draw_noise, noise_errors
 from tests import reference
 from tests.compare import assert_exact, assert_matches_reference, calibrated, to_numpy
 from tests.strategies import CHARACTERS, values
@@ -238,3 +238,10 @@ def test_equal_channels_are_chosen_from_the_front():
     q = calibrated(DQA(bits=4, ratio=0.4), [x])
     assert q.extra_bits.tolist() == [3, 3, 0, 0, 0]
     assert to_numpy(q.extra_bits).dtype == np.int64
+
+
+def test_the_larger_clip_factor_wins_a_tie() -> None:
+    """Rows that every factor quantizes exactly: the range stays that of the maximum."""
+    rows = torch.zeros(2, 5)
+    for groups in (1, 2):
+        assert clip_factor(rows, lambda factor: Grid(factor, -8, 7), 10, groups=groups).tolist() == [1.0] * groups

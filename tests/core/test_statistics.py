@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant, method_to_dict
-from dqa_plugins.ranges import extents, grouped, lay_out, qparams_of, quantiles, statistic
+from dqa_plugins.grid import QParams
+from dqa_plugins.ranges import extents, grouped, lay_out, qparams_of, quantiles, statistic, valid
 from tests import reference
 from tests.compare import assert_exact, to_numpy
 from tests.strategies import cases, methods
@@ -156,3 +157,15 @@ def test_lay_out_broadcasts_along_channels_and_samples(case, per_channel):
     static = lay_out(parameter[0], x, axis, per_sample=False)
     assert static.shape[0] == 1
     assert static.expand(x.shape).shape == x.shape
+
+
+def test_predictions_are_made_valid() -> None:
+    """A scale above zero, b above a: a prediction may be anything."""
+    scale = valid(QParams(torch.tensor([-1.0, 0.0, 2.0]))).scale
+    assert scale is not None
+    assert (scale > 0).all()
+    assert float(scale[2]) == 2.0
+    lower, upper = valid(QParams(None, torch.tensor([-1.0, 3.0, 0.0]), torch.tensor([1.0, 2.0, 0.0]))).thresholds
+    assert lower.tolist() == [-1.0, 3.0, 0.0]
+    assert float(upper[0]) == 1.0
+    assert (upper > lower).all()

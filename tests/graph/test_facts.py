@@ -15,7 +15,7 @@ from dqa_plugins.graph.aliases import written_later
 from dqa_plugins.graph.axes import channel_axes, default_channel_axis
 from dqa_plugins.graph.constants import CONSTANT, INTEGER, MASK, masked_logits, no_activations, norm_internals
 from dqa_plugins.graph.names import SiteNames, require_unique
-from dqa_plugins.graph.operations import OPERATIONS, canonical, facts
+from dqa_plugins.graph.operations import OPERATIONS, Operation, Value, canonical, facts
 from dqa_plugins.graph.readers import geometry, next_linear, weight_rows
 
 from .nets import described, network
@@ -178,3 +178,20 @@ def test_the_next_linear_layer_and_its_geometry() -> None:
         assert geometry(layer, graph) == ((1, 3), (1, 2), (2, 2))
         assert torch.equal(weight_rows(layer, graph), conv.weight.flatten(1))
         assert next_linear(layer.users, graph) is None
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_last_axis_of_any_operand_counts(turned: bool) -> None:
+    """A sum of what a convolution and what a Linear made: the last axis, whichever comes first."""
+    image, tokens, made, mapped, both = (Value(k, (2, 6, 6)) for k in range(5))
+    operations = [
+        Operation("", "input", "input.0", outputs=(image,), site="input.0"),
+        Operation("", "input", "input.1", outputs=(tokens,), site="input.1"),
+        Operation("Conv1d", "module", "conv", inputs=(image,), outputs=(made,), site="conv"),
+        Operation("Linear", "module", "fc", inputs=(tokens,), outputs=(mapped,), site="fc"),
+        Operation(
+            "add", "function", "", inputs=(mapped, made) if turned else (made, mapped), outputs=(both,), site="add.0"
+        ),
+    ]
+    axes = channel_axes(operations)
+    assert [axes[v].axis for v in (made, mapped, both)] == [1, -1, -1]

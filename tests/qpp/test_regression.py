@@ -64,11 +64,15 @@ def test_ridge_leaves_out_a_sample_with_its_augmented_version() -> None:
 
 
 def test_a_constant_feature_gets_no_weight() -> None:
+    """It changes nothing: the fit is that of the other features."""
     features, wanted = data(20, 3, 1, 3)
     features[:, 1] = 7.0
     fit = ridge(features, wanted, torch.arange(20))
+    without = ridge(features[:, [0, 2]], wanted, torch.arange(20))
     assert float(fit.weight[1]) == 0.0
-    torch.testing.assert_close(features @ fit.weight + fit.bias, wanted, rtol=0, atol=3.0)
+    torch.testing.assert_close(fit.weight[[0, 2]], without.weight, rtol=1e-9, atol=0)
+    torch.testing.assert_close(fit.bias, without.bias, rtol=1e-9, atol=0)
+    torch.testing.assert_close(fit.held_out, without.held_out, rtol=1e-9, atol=0)
 
 
 def test_rank_does_not_depend_on_units() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...errors import ExportFailed
+from ...errors import ExportFailed, RanksDiffer
 from ...quantizer import ActivationQuantizer
 from ..format.codebook import Codebook
 from ..format.errors import CorruptFrame
@@ -50,6 +50,34 @@ class StoredSite(nn.Module):
             taken = take_samples(x[:left], self.quantizer, source=None if whole is None else whole[:left])
             self.samples = join(self.samples, taken)
         return out
+
+    def give_samples(self, most: int) -> dict[str, Tensor]:
+        """The first samples, for other processes (see `merging`)."""
+        if self.samples is None:
+            return {}
+        extents = {f"extent {k}": extent[:most] for k, extent in enumerate(self.samples.extents)}
+        others = torch.tensor(self.samples.others)
+        return {"values": self.samples.values[:most], "others": others, **extents}
+
+    def join_samples(self, parts: list[dict[str, Tensor]]) -> CalibrationSamples | None:
+        """The samples of all processes, as one process would have kept them.
+
+        Raises:
+            RanksDiffer: inputs differ in size, in an order that cannot be told any more.
+        """
+        found: CalibrationSamples | None = None
+        for part in parts:
+            if not part:
+                continue
+            extents = tuple(value for name, value in part.items() if name.startswith("extent"))
+            taken = CalibrationSamples(part["values"], extents, bool(part["others"]))
+            if found is not None and taken.others and found.values.shape[1:] != taken.values.shape[1:]:
+                raise RanksDiffer(
+                    f"{self.quantizer.label}: a rank calibrated on inputs of several sizes, of which the first is not "
+                    "that of rank 0. Begin with inputs of one size on every rank."
+                )
+            found = join(found, taken)
+        return found
 
 
 def _check_eager(name: str) -> None:

@@ -36,7 +36,7 @@ except ImportError as error:
 def test_without_brevitas_the_extra_is_named() -> None:
     run = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, cwd=ROOT)
     assert "MissingDependency" in run.stdout, run.stderr
-    assert "dqa-plugins[brevitas]" in run.stdout
+    assert "pip install -e '.[brevitas]'" in run.stdout
 
 
 def test_the_core_does_not_import_brevitas() -> None:

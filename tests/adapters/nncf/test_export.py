@@ -174,7 +174,9 @@ def openvino_ways(model: nn.Module, x: Tensor, folder: Path) -> dict[str, Any]:
     ov = pytest.importorskip("openvino")
     traced = ov.convert_model(model, example_input=x)  # with gradients enabled, as a user would
     constants = [o for o in traced.get_ops() if o.get_type_name() == "Constant"]
-    assert sum(o.get_element_type() == ov.Type.i8 for o in constants) == 3, "OpenVINO stores the weights in 8 bits"
+    # three layers; OpenVINO may multiply the step of the asymmetric input, a constant, into the first one's weights
+    stored = sum(o.get_element_type() == ov.Type.i8 for o in constants)
+    assert stored in (2, 3), f"OpenVINO stores the weights in 8 bits: {stored} of 3"
     ov.save_model(traced, folder / "model.xml", compress_to_fp16=False)
     with torch.no_grad():
         exported = ov.convert_model(torch.export.export(model, (x,)))

@@ -180,7 +180,7 @@ def test_without_nncf_the_extra_is_named() -> None:
     code = "import sys; sys.modules['nncf'] = None\nimport dqa_plugins.adapters.nncf"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert f"{MissingDependency.__name__}: the NNCF adapter needs 'nncf'" in result.stderr
-    assert "pip install 'dqa-plugins[nncf]'" in result.stderr
+    assert "pip install -e '.[nncf]'" in result.stderr
 
 
 def test_importing_patches_nothing() -> None:
