@@ -266,6 +266,18 @@ def test_the_extra_state_says_its_version():
                 other.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("history", "abc"), ("history", [1]), ("groups", "1"), ("groups", -1), ("signed", 1), ("site", 3)],
+)
+def test_a_predictor_described_in_other_words_is_refused(field, value):
+    q = calibrated(DenseSparse(qparams=QPP()), [torch.rand(4, 5, 3, 3)], freeze=False, name="layer1.relu")
+    fields = json.loads(bytes(q.get_extra_state().numpy()))
+    fields["predictor"][field] = value
+    with pytest.raises(StateMismatch, match=rf"'layer1\.relu'.*predictor.*{field}"):
+        q.load_state_dict(q.state_dict() | {"_extra_state": to_bytes(fields)})
+
+
 @pytest.mark.parametrize("edit", ["predictor.low", "predictor.bias", "predictor.centres"])
 def test_a_regression_with_parts_missing_is_refused(edit):
     q = ActivationQuantizer(DenseSparse(qparams=QPP()), name="layer1.relu")
