@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from dqa_plugins.distributed import sample_offset, synchronize
 from examples.networks import load
 from examples.networks.digits import calibration_subset, load_split
 from examples.networks.scores import accuracy
+from examples.quiet import quiet_hosts
 
 SAMPLES, BATCH = 48, 8
 
@@ -57,7 +57,7 @@ def digest(model: nn.Module) -> str:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
+    quiet_hosts()
     torch.set_num_threads(1)
     several = "WORLD_SIZE" in os.environ
     if several:

@@ -85,14 +85,12 @@ def _calls(model: GraphModule, name: str) -> Node:
 
 def _features(model: GraphModule, node: Node, site: str, mode: str) -> Node:
     graph = model.graph
-    # by what it is of: 'a.b_c' and 'a_b.c' would give one name
-    for name, module in model.named_children():
-        if isinstance(module, SiteFeatures) and (module.site, module.mode) == (site, mode):
-            known = _first_call(model, name)
-            if known is not None:
-                return known
     target = f"predictor_{site.replace('.', '_')}" + ("" if mode == "extended" else f"_{mode}")
-    while hasattr(model, target):
+    while (module := getattr(model, target, None)) is not None:
+        known = _first_call(model, target)
+        # by what it is of: 'a.b_c' and 'a_b.c' would give one name
+        if isinstance(module, SiteFeatures) and (module.site, module.mode) == (site, mode) and known is not None:
+            return known
         target += "_"
     try:
         tap = _calls(model, site)
