@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, iter_quantizers, rank_channels
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.distributed import synchronize
+from examples.quiet import quiet_hosts
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -106,7 +106,7 @@ def ranking() -> None:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
+    quiet_hosts()
     torch.set_num_threads(1)
     if "WORLD_SIZE" not in os.environ:
         if "ranking" not in sys.argv:
