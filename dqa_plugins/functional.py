@@ -104,7 +104,7 @@ def affine_qparams(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Ten
         lower, upper: a and b, unit of x, any shape (equal).
     """
     # of the halves, which is the same number: b - a itself overflows where both are near the largest float
-    scale = torch.clamp(upper / 2 - lower / 2, min=0) / ((2**bits - 1) / 2)
+    scale = torch.clamp(upper * 0.5 - lower * 0.5, min=0) / ((2**bits - 1) / 2)
     return scale, torch.round(-lower / nonzero(scale))
 
 
