@@ -74,8 +74,8 @@ class Grid:
             bits: n; codes are unsigned.
             keep: values strictly outside [a, b] stay in float (eq. 11).
         """
-        # of the halves, which is the same number: b - a itself overflows where both are near the largest float. Times 0.5,
-        # not by 2: OpenVINO 2026.4 computes `upper / 2 - lower / 2` of two reductions wrongly, in silence
+        # of the halves, which is the same number: b - a itself overflows where both are near the largest float.
+        # Times 0.5, not by 2: OpenVINO 2026.4 computes `upper / 2 - lower / 2` of two reductions wrongly, in silence
         step = torch.clamp(upper * 0.5 - lower * 0.5, min=0) / ((2**bits - 1) / 2)
         exact = -lower / nonzero(step)
         bias = torch.where(step > 0, torch.zeros_like(lower), -lower)
