@@ -71,7 +71,8 @@ class Placement:
     def summary(self) -> Summary:
         """The same without the graph."""
         shared = {
-            group: next(s.name for s in self.sites if s.group is group) for group in {s.group for s in self.sites}
+            site.group: site.name
+            for site in reversed(self.sites)  # the first site of each group gives it its name
         }
         return Summary(
             tuple(
