@@ -189,7 +189,7 @@ class Forwards:
         if session is None:
             return
         end(session)
-        if not self.calibrating or session.augmented or output is None or not observes(model):
+        if not self.calibrating or session.augmented or output is None:
             return
         args, kwargs = _bound(model, args, kwargs)
         changed = self.changed((*args, *kwargs.values()))
