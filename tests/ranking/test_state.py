@@ -224,7 +224,7 @@ import sys
 sys.path.insert(0, {root!r})
 from tests.matrix import rooms
 from dqa_plugins import DQA
-from dqa_plugins.ranking.identity import digest
+from dqa_plugins.digest import digest
 model = rooms.ROOMS[{room!r}](dict.fromkeys(rooms.SITES.values(), DQA(bits=2)))
 print(digest([model, lambda z, t: z.size(1) in {{2, "a", "b", "c"}}]))
 """
