@@ -24,9 +24,12 @@ from torch.fx import GraphModule, Node, Tracer
 from dqa_plugins.errors import InvalidMethod, UnsupportedInput
 from dqa_plugins.graph.fx import describe, follow_in_place
 from dqa_plugins.graph.record import record_shapes
-from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
+from dqa_plugins.host.placement import Group, Placement, Site, judge
 from dqa_plugins.host.quantize import methods_by_name
+from dqa_plugins.host.settings import warn_idle
+from dqa_plugins.host.sites import keep_summary
 from dqa_plugins.methods import Method
+from dqa_plugins.sites import iter_quantizers
 
 from .config import get_act_quant
 from .proxy import PluginActProxy
@@ -114,7 +117,9 @@ def insert(model: GraphModule, placement: Placement, weight_bits: int | None) ->
         quantizer.name, quantizer.index, quantizer.producer_axis = first.name, index, first.channel_axis
     if weight_bits is not None:
         _quantize_weights(model, placement, weight_bits)
-    model.meta[PLACEMENT] = placement.summary()
+    summary = placement.summary()
+    keep_summary(summary, model, [quantizer for _, quantizer in iter_quantizers(model)])
+    warn_idle(summary)
     model.graph.lint()
     model.recompile()
 

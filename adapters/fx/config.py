@@ -34,6 +34,7 @@ class PluginQConfigMapping(QConfigMapping):
     def __init__(self, skip: Iterable[str] = ()) -> None:
         super().__init__()
         self.skip = check_skip(skip)
+        self.defaults: dict[Any, QConfig | None] = {}  # set here, not by the user: need not match anything
 
 
 class _WeightRange(MinMaxObserver):
@@ -138,6 +139,7 @@ def get_qconfig_mapping(
     if weight_bits is not None and weight_scheme == "channel":
         for kind in (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d):
             mapping.set_object_type(kind, get_qconfig(method, weight_bits=weight_bits, weight_axis=1))
+        mapping.defaults = dict(mapping.object_type_qconfigs)
     return mapping
 
 

@@ -24,7 +24,7 @@ from dqa_plugins.host import hooks
 from dqa_plugins.host.hooks import Hook, Host
 
 from .config import PluginQConfigMapping
-from .names import fused_into, mark_sites
+from .names import CALLED, Seen, fused_into, mark_sites
 from .observer import FXObserver
 from .place import layers_to_skip, place
 
@@ -55,6 +55,10 @@ def _fuse_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         sites = {node.name: site for node, site in name_sites(model.graph, model).items()}
         traced = GraphModule(model, copy.deepcopy(model.graph))
         fused = original(model, *args, **kwargs)
+        fused.meta[CALLED] = (
+            {type(module) for module in model.modules()} | {node.target for node in traced.graph.nodes},
+            {name for name, _ in model.named_modules()},
+        )
         mark_sites(fused, sites, fused_into(traced, {node.name for node in fused.graph.nodes}))
         return fused
 
@@ -75,8 +79,12 @@ def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             qconfig_mapping = copy.deepcopy(qconfig_mapping)
             for name in layers_to_skip(model, qconfig_mapping.skip):
                 qconfig_mapping.set_module_name(name, None)
+        called = model.meta.pop(CALLED, (set(), set()))
         prepared = original(model, qconfig_mapping, is_qat, node_name_to_scope, example_inputs, *args, **kwargs)
-        place(prepared, qconfig_mapping, example_inputs, qat=is_qat)
+        types, paths = called
+        scopes = node_name_to_scope.values()
+        seen = Seen(types | {scope[1] for scope in scopes}, paths | {scope[0] for scope in scopes})
+        place(prepared, qconfig_mapping, example_inputs, seen, qat=is_qat)
         return prepared
 
     return prepare

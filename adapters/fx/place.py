@@ -8,7 +8,7 @@ methods that FX found for each node, and puts observers where it says. Observers
 from __future__ import annotations
 
 import logging
-import warnings
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,20 +16,23 @@ from torch import nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase, QConfigMapping
 from torch.fx import GraphModule, Node
 
-from dqa_plugins.errors import DQAWarning, UnsupportedCombination
+from dqa_plugins.errors import UnsupportedCombination
 from dqa_plugins.graph.aliases import dropped_writes
 from dqa_plugins.graph.fx import TensorFacts, describe, follow_in_place
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.graph.record import record_shapes
 from dqa_plugins.host.convert import link_reader
-from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
+from dqa_plugins.host.placement import Group, Placement, Site, judge
+from dqa_plugins.host.settings import warn_idle
+from dqa_plugins.host.sites import Summary, keep_summary, summaries
 from dqa_plugins.host.skip import resolve_skip
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
-from .names import site_name
+from .config import PluginQConfigMapping
+from .names import Seen, site_name
 from .observer import FXObserver
 
 logger = logging.getLogger(__name__)
@@ -52,13 +55,14 @@ def observer_nodes(model: GraphModule) -> Iterator[tuple[Node, FXObserver]]:
             yield node, observer
 
 
-def place(model: GraphModule, mapping: Any, example_inputs: Any, *, qat: bool) -> None:
+def place(model: GraphModule, mapping: Any, example_inputs: Any, seen: Seen, *, qat: bool) -> None:
     """Put the observers of a model which FX just prepared where the judge says. Changes the model in place.
 
     Args:
         model: what FX's `prepare` returned.
         mapping: the user's QConfigMapping or dict.
         example_inputs: the user's, for shapes.
+        seen: what the model calls, for settings that match nothing.
         qat: True from prepare_qat_fx.
 
     Raises:
@@ -71,9 +75,13 @@ def place(model: GraphModule, mapping: Any, example_inputs: Any, *, qat: bool) -
         _take_out(model)
         follow_in_place(model)
         placement = find_sites(model, asked, example_inputs)
+        placement.idle += asked.unmatched(seen)
         _put_in(model, placement, asked, qat=qat)
-        model.meta[PLACEMENT] = placement.summary()
-        _warn_unmatched(placement)
+        summary = placement.summary()
+        keep_summary(summary, model, [observer.quantizer for _, observer in observer_nodes(model)])
+        warn_idle(summary)
+    elif isinstance(mapping, PluginQConfigMapping) and not any(asked.qconfigs.values()):
+        warn_idle(Summary(), asked=False)
     number(model)
     prepare_graph(model, [quantizer for _, quantizer in iter_quantizers(model)])
 
@@ -108,6 +116,7 @@ class _Asked:
     """
 
     def __init__(self, model: GraphModule, mapping: QConfigMapping) -> None:
+        self.mapping = mapping
         self.known: dict[int, tuple[Any, Method | None]] = {}
         self.qconfigs = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
         # a QConfig of ours and none say what happens to a site; torch.ao's own do not
@@ -127,6 +136,22 @@ class _Asked:
     def of_node(self, node: Node) -> Method | None:
         """The method that FX found for a node."""
         return self._method(self.qconfigs.get(node.name))
+
+    def unmatched(self, seen: Seen) -> list[tuple[str, str]]:
+        """(setting, reason) of types and patterns that match nothing; those of torch.ao's own QConfigs are not said."""
+        defaults = getattr(self.mapping, "defaults", {})
+        found = []
+        for kind, qconfig in self.mapping.object_type_qconfigs.items():
+            default = kind in defaults and defaults[kind] is qconfig
+            if kind not in seen.types and not default and self._concerns_us(qconfig):
+                found.append((getattr(kind, "__name__", str(kind)), "the model calls none of that type"))
+        for pattern, qconfig in self.mapping.module_name_regex_qconfigs.items():
+            if not any(re.match(pattern, path) for path in seen.paths) and self._concerns_us(qconfig):
+                found.append((pattern, "a pattern that no module's name matches"))
+        return found
+
+    def _concerns_us(self, qconfig: Any) -> bool:
+        return qconfig is None or self._method(qconfig) is not None
 
     def _method(self, qconfig: Any) -> Method | None:
         if qconfig is None:
@@ -218,9 +243,12 @@ def number(model: GraphModule) -> None:
         if isinstance(module, FXObserver):
             quantizers.append(module.quantizer)
         elif isinstance(module, GraphModule) and node.target:
-            for _, quantizer in iter_quantizers(module):
+            inner = [quantizer for _, quantizer in iter_quantizers(module)]
+            for quantizer in inner:
                 quantizer.name = f"{node.target}.{quantizer.name}"
-                quantizers.append(quantizer)
+            for summary in list(summaries(module)):
+                keep_summary(summary.inside(str(node.target)), module, inner)
+            quantizers += inner
     for index, quantizer in enumerate(quantizers):
         quantizer.index = index
     require_unique([quantizer.name for quantizer in quantizers])
@@ -239,17 +267,6 @@ def _shapes(model: GraphModule, example_inputs: Any) -> dict[Node, TensorFacts] 
             error,
         )
         return None
-
-
-def _warn_unmatched(placement: Placement) -> None:
-    if placement.unmatched:
-        warnings.warn(
-            DQAWarning(
-                f"set_module_name matched nothing for {', '.join(map(repr, placement.unmatched[:8]))}: the model has "
-                "no module or site of that name."
-            ),
-            stacklevel=4,
-        )
 
 
 def layers_to_skip(model: GraphModule, skip: tuple[str, ...]) -> list[str]:

@@ -23,13 +23,14 @@ from dqa_plugins.errors import DQAWarning, InvalidMethod, UncalibratedQuantizer,
 from dqa_plugins.host.quantize import calibration_calls, split_methods
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp import link
+from dqa_plugins.report.placement import PlacementReport, report_of
 from dqa_plugins.sites import iter_quantizers
 
 from .algorithm import ActivationQuantization, Plan
 from .config import Weights, check, parse
 from .describe import describe
 from .names import record_calls
-from .place import float_operations
+from .place import float_operations, place
 from .samples import FirstSamples, tensors_of
 from .scopes import ignored_operations
 
@@ -106,6 +107,18 @@ def quantize_model(
     weights = None if weight_bits is None else Weights()
     plan = Plan(everywhere, named=named, weights=weight_bits is not None, samples=samples)
     return _run(plan, weights, ignored, wrapper, items, weights is not None, outputs=True)
+
+
+def placement(model: nn.Module, dataset: nncf.Dataset, config: Any) -> PlacementReport:
+    """What `quantize` would place, without calibrating: the same arguments and errors."""
+    entry = parse(config)
+    _, items = _samples(model, dataset, entry.num_samples)
+    wrapper = _wrap(model, items)
+    calls, graph = record_calls(wrapper), wrapper.get_graph()
+    ignored = ignored_operations(entry, graph, wrapper.model, calls.enclosing)
+    described = describe(graph, wrapper.model, calls)
+    found = place(described, entry.method, entry.overrides, ignored, quantize_outputs=entry.quantize_outputs)
+    return report_of([found.summary()])
 
 
 class _Once:

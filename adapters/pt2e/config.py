@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from dqa_plugins.errors import DQAWarning, InvalidMethod
+from dqa_plugins.errors import InvalidMethod
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.graph.readers import geometry, next_linear
 from dqa_plugins.host.patterns import Pattern
 from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site
+from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.skip import check_skip, resolve_skip, within
 from dqa_plugins.methods import Method, check_method
 
@@ -32,6 +32,7 @@ from .place import Described, describe, place
 
 logger = logging.getLogger(__name__)
 
+_ADVICE = ", and whether another Quantizer took them all (put this one first)"
 WEIGHT_SCHEMES = ("channel", "qpp")
 
 
@@ -136,18 +137,12 @@ class PluginQuantizer(Quantizer):
         for pattern in placement.patterns:
             self._annotate_pattern(pattern, graph)
         _annotate_activations(model, placement, graph)
-        model.meta[PLACEMENT] = placement.summary()
-        if not placement.sites and any(
-            m is not None for m in (self._global, *self._names.values(), *self._types.values())
-        ):
-            warnings.warn(
-                DQAWarning(
-                    "PluginQuantizer placed no quantizer: no call of the graph has a method, or another Quantizer "
-                    "took them all. Prepare the .module() of a torch.export.export'ed model, check the names, types "
-                    "and skip, and put this Quantizer before others."
-                ),
-                stacklevel=2,
-            )
+        types = {kind for op in graph.operations for kind in op.types}
+        placement.idle += [(kind, "the model has no module of that type") for kind in self._types if kind not in types]
+        summary = placement.summary()
+        model.meta[PLACEMENT] = summary
+        asked = any(m is not None for m in (self._global, *self._names.values(), *self._types.values()))
+        warn_idle(summary, asked=asked, advice=_ADVICE)
         return model
 
     def validate(self, model: GraphModule) -> None:

@@ -24,6 +24,7 @@ from dqa_plugins.errors import FrameworkMismatch
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.host import hooks
 from dqa_plugins.host.hooks import Hook, Host
+from dqa_plugins.host.sites import keep_summary, summaries
 from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
@@ -80,6 +81,8 @@ def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
                     module.enable_fake_quant()
         quantizers = [quantizer for _, quantizer in iter_quantizers(prepared)]
         require_unique([quantizer.name for quantizer in quantizers], "the prepared model")
+        for summary in list(summaries(prepared)):
+            keep_summary(summary, prepared, quantizers)
         prepare_graph(prepared, quantizers)
         return prepared
 

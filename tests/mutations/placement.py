@@ -141,7 +141,7 @@ add("every reader gets a quantizer of its own", "place.py", "if site.group not i
 add("all read quantized values", "place.py", "users = [user for user in users if user in reading]", "pass")
 add("QAT does not train", "place.py", 'if qat and observer.quantizer.state == "observe":', "if False:")
 add("order of execution is lost", "place.py", "        quantizer.index = index\n", "        pass\n")
-add("settings that match nothing are silent", "place.py", "    if placement.unmatched:", "    if False:")
+add("settings that match nothing are silent", "place.py", "        warn_idle(summary)\n", "        pass\n")
 add(
     "plain convert_fx goes its own way",
     "hooks.py",
