@@ -62,7 +62,7 @@ def get_threads() -> int:
     return _threads if _threads is not None else max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
 
 
-def _share(task: Callable[[int], Any], count: int, threads: int) -> list[Any]:
+def share(task: Callable[[int], Any], count: int, threads: int) -> list[Any]:
     """task(0) to task(count - 1), each done by whichever thread is free; the results in order."""
     if threads == 1 or count <= 1:
         return [task(i) for i in range(count)]
@@ -95,7 +95,7 @@ def _run(task: Callable[[int, int, int], Any], chunks: int) -> list[Any]:
         return [task(0, 0, chunks)]
     parts = min(PARTS * threads, chunks // (PARALLEL_CHUNKS // 2))
     edges = [chunks * i // parts for i in range(parts + 1)]
-    return _share(lambda i: task(i, edges[i], edges[i + 1]), parts, threads)
+    return share(lambda i: task(i, edges[i], edges[i + 1]), parts, threads)
 
 
 def join(parts: list[NDArray[np.uint8]], out: NDArray[np.uint8]) -> None:
@@ -105,7 +105,7 @@ def join(parts: list[NDArray[np.uint8]], out: NDArray[np.uint8]) -> None:
     def copy(i: int) -> None:
         out[ends[i] - parts[i].size : ends[i]] = parts[i]
 
-    _share(copy, len(parts), get_threads() if out.size >= PARALLEL_BYTES else 1)
+    share(copy, len(parts), get_threads() if out.size >= PARALLEL_BYTES else 1)
 
 
 def _scratch() -> dict[int, NDArray[np.uint8]]:
@@ -148,12 +148,17 @@ def _tables(layout: Layout, decoder: bool) -> NDArray[np.uint64]:
 
 
 class KernelPlan:
-    """A layout made ready for the kernels; kept with the codebook, one for each shape."""
+    """A layout made ready for the kernels; kept with the codebook, one for each shape.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        like: a plan whose groups have the same tables in the same order, which are then held once.
+    """
+
+    def __init__(self, layout: Layout, like: KernelPlan | None = None) -> None:
         self.layout = layout
         self.channels, self.groups = kernel_arrays(layout)
-        self.encoders, self.decoders = _tables(layout, False), _tables(layout, True)
+        self.encoders = like.encoders if like else _tables(layout, False)
+        self.decoders = like.decoders if like else _tables(layout, True)
         self.fixed_sizes = layout.fixed_sizes()
         self.fixed_edges = np.concatenate([[0], np.cumsum(self.fixed_sizes)]).astype(np.int64)
 
