@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dqa_plugins.batches import ItemReader
+from dqa_plugins.batches import Call, ItemReader
 from dqa_plugins.errors import InvalidMethod, NonFiniteInput, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.method import Method
 from dqa_plugins.methods import DQA, check_method
 from dqa_plugins.quantizer import ActivationQuantizer
-from dqa_plugins.storage.format.codebook import Codebook, check_coding
+from dqa_plugins.storage.format.codebook import check_coding
 from dqa_plugins.storage.tables import build_codebook, calibrate_tables
 
 from .allocate import allocate_steps
@@ -107,21 +107,28 @@ def calibrate_cache(
     """
     method = check_method(method or DQA(bits=4, granularity="channel"), "calibrate_cache")
     _check(method, target_bits, check_coding(coding))
-    sliding = sliding_windows(model.config)
-    records = _record(model, ItemReader(model, "calibrate_cache", inputs=inputs).items(batches), target_bits, first)
-    if len(records) != len(sliding):
-        raise UnsupportedCombination(f"{len(records)} of {len(sliding)} layers used the cache; all of them have to.")
-    tensors = [_tensor(record, method) for pair in records for record in pair]
-    rows = [r.rows for pair in records for r in pair]
-    settings = CacheSettings(identity(model.config), (), tuple(sliding), window, block, first)
+    calls = ItemReader(model, "calibrate_cache", inputs=inputs).items(batches)
+    layers = decide(observe(model, calls, target_bits is not None, first), method, target_bits, coding, block)
+    sliding = tuple(sliding_windows(model.config))
+    return CacheSettings(identity(model.config), layers, sliding, window, block, first)
+
+
+def decide(
+    records: Sequence[Sequence[Record]], method: Method, target_bits: float | None, coding: str, block: int
+) -> tuple[tuple[TensorSettings, TensorSettings], ...]:
+    """The (keys, values) of each layer, from what `observe` kept of them."""
+    flat = [record for pair in records for record in pair]
+    rows = [record.rows for record in flat]
+    tensors = [_tensor(record, method) for record in flat]
     if target_bits is not None:
-        sensitivities = [r.sensitivity for pair in records for r in pair]
-        tensors = allocate_steps(tensors, rows, sensitivities, float(target_bits), block)
+        tensors = allocate_steps(tensors, rows, [r.sensitivity for r in flat], float(target_bits), block)
     elif coding == "joint" and all(t.book.kind == "grid" and t.by_channel for t in tensors):
         tensors = shared_codebooks(tensors, rows)
     elif coding != "none":
-        tensors = [replace(t, book=_own_codebook(t, r, coding)) for t, r in zip(tensors, rows, strict=True)]
-    return replace(settings, layers=tuple(zip(tensors[::2], tensors[1::2], strict=True)))
+        seen = [as_seen(r - t.center[:, None], t.heads, t.by_channel) for t, r in zip(tensors, rows, strict=True)]
+        books = [calibrate_tables(t.quantizer, x, coding) for t, x in zip(tensors, seen, strict=True)]
+        tensors = [replace(t, book=book) for t, book in zip(tensors, books, strict=True)]
+    return tuple(zip(tensors[::2], tensors[1::2], strict=True))
 
 
 def _check(method: Method, target_bits: float | None, coding: str) -> None:
@@ -141,8 +148,17 @@ def _check(method: Method, target_bits: float | None, coding: str) -> None:
         )
 
 
-def _record(model: PreTrainedModel, calls: Iterable[Any], target: float | None, first: int) -> list[list[Record]]:
-    """(keys, values) of each layer."""
+def observe(model: PreTrainedModel, calls: Iterable[Call], gradients: bool, first: int) -> list[list[Record]]:
+    """Run a decoder on calibration text; (keys, values) of each layer.
+
+    Args:
+        gradients: of the loss, too.
+        first: tokens of each sequence that are left out: their keys and values are unlike all others.
+
+    Raises:
+        UnsupportedCombination: a layer has no keys and values of its own, or there is no text.
+    """
+    layers = len(sliding_windows(model.config))
     records: list[list[Record]] = []
     training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
@@ -150,15 +166,17 @@ def _record(model: PreTrainedModel, calls: Iterable[Any], target: float | None, 
         p.requires_grad_(False)
     try:
         for call in calls:
-            cache = _Recording(target is not None)
-            with torch.set_grad_enabled(target is not None):
+            cache = _Recording(gradients)
+            with torch.set_grad_enabled(gradients):
                 outputs = model(*call.positional, **{**call.keywords, "past_key_values": cache, "use_cache": True})
             ids = call.keywords.get("input_ids", call.positional[0] if call.positional else None)
             mask = call.keywords.get("attention_mask")
             mask = torch.ones(outputs.logits.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
-            if target is not None:
+            if gradients:
                 _backward(outputs.logits, ids, mask)
             del outputs
+            if len(cache.seen) != layers:
+                raise UnsupportedCombination(f"{len(cache.seen)} of {layers} layers used the cache; all have to.")
             for i, pair in sorted(cache.seen.items()):
                 if i == len(records):
                     names = [f"{i}.{name}" for name in ("keys", "values")]
@@ -216,7 +234,3 @@ def _tensor(record: Record, method: Method) -> TensorSettings:
 def as_seen(rows: Tensor, heads: int, static: bool) -> Tensor:
     """(H * D, T) values as a quantizer takes them."""
     return rows.unsqueeze(0) if static else rows.unflatten(0, (heads, -1)).permute(2, 0, 1).flatten(0, 1)
-
-
-def _own_codebook(t: TensorSettings, rows: Tensor, coding: str) -> Codebook:
-    return calibrate_tables(t.quantizer, as_seen(rows - t.center[:, None], t.heads, t.by_channel), coding)

@@ -98,8 +98,10 @@ class CacheSettings:
         plan = None
         for t in coded:
             # every plan has all groups, most of them without channels, in one order: so it has the same arrays
-            own = {_content(g): g for g in t.book.groups}
-            every = tuple(own.get(key, replace(tables[key], channels=())) for key in sorted(tables))
+            own: dict[Any, tuple[int, ...]] = {}
+            for g in t.book.groups:  # two of them may have the same table
+                own[_content(g)] = tuple(sorted(own.get(_content(g), ()) + g.channels))
+            every = tuple(replace(tables[key], channels=own.get(key, ())) for key in sorted(tables))
             book = replace(t.book, groups=tuple(g for g in every if g.channels), plans={})
             shape = (1, t.heads * t.width, self.block)
             plan = KernelPlan(Layout(*shape, every), plan)

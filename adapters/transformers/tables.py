@@ -20,7 +20,7 @@ from dqa_plugins.storage.tables import build_codebook
 
 from .settings import CacheSettings, TensorSettings
 
-TABLES = 16  # for each code width
+TABLES = 8  # for each code width
 _ROUNDS = 8  # of Lloyd's algorithm
 _TOKENS = 1024  # neighbours that words are counted on
 
