@@ -22,8 +22,8 @@ from dqa_plugins.storage.coder.histograms import entropy_bits
 from .settings import TensorSettings
 from .tables import coded_bits, codes_of, shared_codebooks
 
-_ROUNDS = 3  # corrections of the order-0 estimate by the tables that are really made
-_STEPS = 14  # bisection steps
+_ROUNDS = 4  # corrections of the order-0 estimate by the tables that are really made
+_STEPS = 16  # bisection steps
 _TOKENS = 512  # of the estimate
 
 
@@ -54,20 +54,20 @@ def allocate_steps(
         made = _with_steps(tensors, roots, level)
         return float(np.mean([_entropy(codes_of(t, r)) for t, r in zip(made, few, strict=True)]))
 
-    ratio, best, miss = 1.0, None, np.inf
+    beyond, best, miss = 0.0, None, np.inf
     for _ in range(_ROUNDS):
         low, high = -40.0, 20.0
-        for _ in range(_STEPS + 4):
+        for _ in range(_STEPS):
             middle = (low + high) / 2
-            low, high = (middle, high) if estimate(middle) * ratio > target else (low, middle)
-        made = shared_codebooks(_with_steps(tensors, roots, high), rows)
+            low, high = (middle, high) if estimate(middle) + beyond > target else (low, middle)
+        made = shared_codebooks(_with_steps(tensors, roots, high), rows, block)
         measured = coded_bits(made, [r[:, -1024:] for r in rows], block)
         if abs(measured - target) < miss:
             best, miss = made, abs(measured - target)
         if miss < 0.01 * target:
             break
-        ratio = measured / max(estimate(high), 1e-9)
-    if best is None or miss > 0.05 * target:
+        beyond = measured - estimate(high)
+    if best is None or miss > 0.1 * target:
         raise InvalidMethod(f"target_bits={target}: the nearest that steps can come is {miss:.2f} bits off.")
     return best
 

@@ -19,7 +19,7 @@ from dqa_plugins.storage.format.codebook import check_coding
 from dqa_plugins.storage.tables import build_codebook, calibrate_tables
 
 from .allocate import allocate_steps
-from .host import DynamicCache, PreTrainedModel, identity, sliding_windows
+from .host import DynamicCache, PreTrainedModel, identity, rotary_width, sliding_windows
 from .settings import CacheSettings, TensorSettings
 from .tables import shared_codebooks
 
@@ -35,6 +35,7 @@ class Record:
         name: of its quantizer.
         heads, width: H and D.
         values: (H * D, tokens) float32 each.
+        rotary: components of each head that a position rotates, d together with d + rotary / 2.
         squares: (H * D,) float64, sum of squared gradients.
         tokens: summed there.
     """
@@ -42,6 +43,7 @@ class Record:
     name: str
     heads: int
     width: int
+    rotary: int = 0
     values: list[Tensor] = field(default_factory=list)
     squares: Tensor | None = None
     tokens: int = 0
@@ -53,10 +55,13 @@ class Record:
 
     @property
     def sensitivity(self) -> Tensor:
-        """(H * D,) mean squared gradient."""
+        """(H * D,) mean squared gradient; one for two components that turn into each other from token to token."""
         if self.squares is None:
             raise UncalibratedQuantizer(f"'{self.name}' has no gradients.")
-        return self.squares / max(self.tokens, 1)
+        heads = (self.squares / max(self.tokens, 1)).view(self.heads, self.width).clone()
+        turning = heads[:, : self.rotary].unflatten(1, (2, -1))
+        turning[:] = turning.mean(1, keepdim=True)
+        return heads.flatten()
 
 
 class _Recording(DynamicCache):
@@ -123,7 +128,7 @@ def decide(
     if target_bits is not None:
         tensors = allocate_steps(tensors, rows, [r.sensitivity for r in flat], float(target_bits), block)
     elif coding == "joint" and all(t.book.kind == "grid" and t.by_channel for t in tensors):
-        tensors = shared_codebooks(tensors, rows)
+        tensors = shared_codebooks(tensors, rows, block)
     elif coding != "none":
         seen = [as_seen(r - t.center[:, None], t.heads, t.by_channel) for t, r in zip(tensors, rows, strict=True)]
         books = [calibrate_tables(t.quantizer, x, coding) for t, x in zip(tensors, seen, strict=True)]
@@ -180,7 +185,9 @@ def observe(model: PreTrainedModel, calls: Iterable[Call], gradients: bool, firs
             for i, pair in sorted(cache.seen.items()):
                 if i == len(records):
                     names = [f"{i}.{name}" for name in ("keys", "values")]
-                    records.append([Record(n, x.shape[1], x.shape[3]) for n, x in zip(names, pair, strict=True)])
+                    turned = (rotary_width(model.config, pair[0].shape[3]), 0)
+                    parts = zip(names, pair, turned, strict=True)
+                    records.append([Record(n, x.shape[1], x.shape[3], r) for n, x, r in parts])
                 for record, x in zip(records[i], pair, strict=True):
                     _keep(record, x, mask, first)
     finally:

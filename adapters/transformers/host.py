@@ -49,6 +49,14 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     return [settings.get("sliding_window") for settings in keywords]
 
 
+def rotary_width(config: PreTrainedConfig, width: int) -> int:
+    """Components of a key of so many that its position rotates: the first ones, d together with d + half of them."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None)
+    if not rope:
+        return 0
+    return int(width * float(rope.get("partial_rotary_factor", 1.0))) // 2 * 2
+
+
 __all__ = [
     "HOST",
     "Cache",
@@ -57,5 +65,6 @@ __all__ = [
     "PreTrainedConfig",
     "PreTrainedModel",
     "identity",
+    "rotary_width",
     "sliding_windows",
 ]

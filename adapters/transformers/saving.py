@@ -46,7 +46,9 @@ def write_states(settings: CacheSettings, layers: Sequence[PackedLayer]) -> byte
                 data = torch.cat([torch.empty(0, dtype=torch.uint8), *sections])
                 tensors |= {f"{i}.{part}.{r}.sizes": sizes, f"{i}.{part}.{r}.data": data}
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-    body = save(tensors, {"settings": settings.fingerprint, "layers": json.dumps(described)})
+    header = json.dumps({"settings": settings.fingerprint, "layers": described}).encode()
+    tensors["header"] = torch.frombuffer(bytearray(header), dtype=torch.uint8)  # metadata has no fixed order
+    body = save(tensors)
     return _HEAD.pack(_MAGIC, _VERSION, zlib.crc32(body)) + body
 
 
@@ -70,8 +72,9 @@ def read_states(
     if zlib.crc32(body) != crc:
         raise CorruptFrame("the checksum does not match: the bytes are damaged.")
     try:
-        header = json.loads(body[8 : 8 + struct.unpack("<Q", body[:8])[0]])["__metadata__"]
-        tensors, described = load(body), json.loads(header["layers"])
+        tensors = load(body)
+        header = json.loads(tensors["header"].numpy().tobytes())
+        described = header["layers"]
         if header["settings"] != settings.fingerprint:
             raise StateMismatch("these bytes were written with other cache settings; load them with those.")
         if len(described) != len(layers):

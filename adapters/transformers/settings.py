@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dqa_plugins.errors import InvalidMethod, StateMismatch
@@ -120,7 +120,11 @@ class CacheSettings:
     def fingerprint(self) -> str:
         """SHA-256 of everything that the bytes of a cache depend on."""
         described, tensors = self._described()
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode() + save(tensors)).hexdigest()
+        found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        for name in sorted(tensors):
+            found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+            found.update(tensors[name].numpy().tobytes())
+        return found.hexdigest()
 
     def require(self, config: PreTrainedConfig) -> None:
         """Refuse a model of another architecture.

@@ -20,9 +20,10 @@ from dqa_plugins.storage.tables import build_codebook
 
 from .settings import CacheSettings, TensorSettings
 
-TABLES = 8  # for each code width
+TABLES = 8  # at most, for each code width
 _ROUNDS = 8  # of Lloyd's algorithm
 _TOKENS = 1024  # neighbours that words are counted on
+_SYMBOLS = 1024  # of a block for each table: a chunk has lengths to keep, whatever its size
 
 
 def codes_of(t: TensorSettings, rows: Tensor) -> Tensor:
@@ -31,13 +32,15 @@ def codes_of(t: TensorSettings, rows: Tensor) -> Tensor:
     return grid.codes((rows - t.center[:, None]).unsqueeze(0))[0].long()
 
 
-def shared_codebooks(tensors: Sequence[TensorSettings], rows: Sequence[Tensor]) -> list[TensorSettings]:
+def shared_codebooks(tensors: Sequence[TensorSettings], rows: Sequence[Tensor], block: int) -> list[TensorSettings]:
     """The tensors with codebooks of joint coding, whose tables are common to all of them.
 
     Args:
         tensors: static, with the grid of a scale.
         rows: (C, T) calibration values of each.
+        block: tokens of a block.
     """
+    most = min(TABLES, max(1, min(map(len, rows)) * block // _SYMBOLS))
     books = [build_codebook(t.quantizer, "none", None) for t in tensors]
     codes = [codes_of(t, r[:, :_TOKENS]).numpy() for t, r in zip(tensors, rows, strict=True)]
     members: dict[tuple[bool, int], list[tuple[int, int]]] = {}
@@ -48,7 +51,7 @@ def shared_codebooks(tensors: Sequence[TensorSettings], rows: Sequence[Tensor]) 
     for (signed, width), places in sorted(members.items()):
         low = max(0, width - 8)
         coded = (np.stack([codes[i][c] for i, c in places]) & ((1 << width) - 1)) >> low
-        for chosen, table in _tables(coded, width - low, signed):
+        for chosen, table in _tables(coded, width - low, signed, most):
             own: dict[int, list[int]] = {}
             for k in chosen:
                 own.setdefault(places[k][0], []).append(places[k][1])
@@ -60,10 +63,10 @@ def shared_codebooks(tensors: Sequence[TensorSettings], rows: Sequence[Tensor]) 
     ]
 
 
-def _tables(values: NDArray[np.int64], bits: int, signed: bool) -> list[tuple[NDArray[np.int64], Table]]:
-    """(rows, their table) for values (R, T) of so many bits."""
+def _tables(values: NDArray[np.int64], bits: int, signed: bool, most: int) -> list[tuple[NDArray[np.int64], Table]]:
+    """(rows, their table) for values (R, T) of so many bits, at most so many tables."""
     counts = np.stack([np.bincount(row, minlength=1 << bits) for row in values]).astype(np.float64)
-    labels = spread_clusters(counts)
+    labels = clusters(counts, most)
     found = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -71,11 +74,11 @@ def _tables(values: NDArray[np.int64], bits: int, signed: bool) -> list[tuple[ND
     return found
 
 
-def spread_clusters(counts: NDArray[np.float64]) -> NDArray[np.int64]:
+def clusters(counts: NDArray[np.float64], most: int) -> NDArray[np.int64]:
     """(R,) cluster of each histogram (R, A): Lloyd's algorithm, with code length as the distance."""
     order = np.argsort(entropy_bits(counts), kind="stable")
     labels = np.empty(len(counts), np.int64)
-    labels[order] = np.arange(len(counts)) * min(TABLES, len(counts)) // len(counts)
+    labels[order] = np.arange(len(counts)) * min(most, len(counts)) // len(counts)
     for _ in range(_ROUNDS):
         sums = np.stack([counts[labels == k].sum(0) for k in np.unique(labels)])
         smooth = sums + np.maximum(0.02, 1e-5 * sums.sum(1, keepdims=True))
