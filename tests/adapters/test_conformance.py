@@ -169,12 +169,24 @@ def test_what_a_mapping_does_not_name_stays_float(room: str) -> None:
     assert list(sites(model)) == ["relu.0"]
 
 
+class Flat(nn.Module):
+    """A flatten between what makes and what reads a tensor. (B, 3, 8, 8) -> (B, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.flatten, self.fc = nn.Conv2d(3, 4, 3), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.flatten(self.pool(self.conv(x))))
+
+
 @rooms
 def test_every_site_by_its_own_name(room: str) -> None:
     """Also behind a flatten, which nobody names: it hands on what is quantized already."""
-    names = list(sites(quantize_model(room)(build("residual"), METHOD, batches("residual"))))
+    run, data = quantize_model(room), [torch.rand(4, 3, 8, 8)]
+    names = list(sites(run(Flat().eval(), METHOD, data)))
     mixed = {name: DQA(bits=4) if k % 2 else Direct(bits=6) for k, name in enumerate(names)}
-    found = sites(quantize_model(room)(build("residual"), mixed, batches("residual")))
+    found = sites(run(Flat().eval(), mixed, data))
     assert {name: site.method for name, site in found.items()} == mixed
 
 
