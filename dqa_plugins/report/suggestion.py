@@ -188,6 +188,8 @@ def _measure(quantized: nn.Module, model: nn.Module, items: Iterable[Any], input
     reader = ItemReader(model, "suggest", inputs=inputs)
     calls = list(itertools.islice(reader.items(items), _BATCHES))
     quantizers = dict(iter_quantizers(quantized))
+    if not quantizers:
+        return {}
     report = activation_report(quantized, [call.inputs for call in calls], inputs=lambda batch: batch)
     shared: dict[str, list[str]] = {}
     for placed in placement_report(quantized).sites:

@@ -139,5 +139,5 @@ def test_arguments_of_suggest() -> None:
             run(**wrong)
     with pytest.raises(UncalibratedQuantizer, match="nothing to choose"):
         suggest(
-            nn.ReLU(), itertools.repeat(torch.ones(2, 3), 2), lambda m: 1.0, quantize=quantize("fx"), progress=False
+            nn.Flatten(), itertools.repeat(torch.ones(2, 3), 2), lambda m: 1.0, quantize=quantize("fx"), progress=False
         )
