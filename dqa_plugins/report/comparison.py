@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dqa_plugins.batches import Call, ItemReader, Pick
-from dqa_plugins.errors import DQAError, InvalidMethod, UnsupportedInput
+from dqa_plugins.errors import DQAError, InvalidArgument, UnsupportedInput
 from dqa_plugins.methods import Method
 from dqa_plugins.progress import Progress
 from dqa_plugins.sites import iter_quantizers
@@ -118,11 +118,11 @@ def compare_methods(
         a table. A method that cannot be had here (a DQAError) is a row with the error; other errors are raised.
 
     Raises:
-        InvalidMethod: there are no methods. UnsupportedInput: an item does not fit the model, or `evaluate` returned
+        InvalidArgument: there are no methods. UnsupportedInput: an item does not fit the model, or `evaluate` returned
             something other than a number.
     """
     if not methods or "float" in methods:
-        raise InvalidMethod(
+        raise InvalidArgument(
             "compare_methods takes {name: method} with one method or more; 'float' is the network itself."
         )
     items, first = read_once(model, calibration, "compare_methods", inputs)

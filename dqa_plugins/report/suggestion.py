@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.batches import Call, ItemReader, Pick
-from dqa_plugins.errors import InvalidMethod, UncalibratedQuantizer
+from dqa_plugins.errors import InvalidArgument, UncalibratedQuantizer
 from dqa_plugins.methods import DQA, DenseSparse, Direct, Method
 from dqa_plugins.progress import Progress
 from dqa_plugins.quantizer import ActivationQuantizer
@@ -137,12 +137,12 @@ def suggest(
         options: further ones of `quantize`: weight_bits, example_inputs.
 
     Raises:
-        InvalidMethod: no candidates, a candidate twice, or a negative drop. UncalibratedQuantizer: nothing is
+        InvalidArgument: no candidates, a candidate twice, or a negative drop. UncalibratedQuantizer: nothing is
             quantized. UnsupportedInput: an item does not fit the model, or the score is no number.
     """
     names = [described(method) for method in candidates]
     if not names or len(set(names)) < len(names) or not max_drop >= 0:
-        raise InvalidMethod(f"suggest takes different candidates and max_drop >= 0; got {names} and {max_drop!r}.")
+        raise InvalidArgument(f"suggest takes different candidates and max_drop >= 0; got {names} and {max_drop!r}.")
     items, _ = read_once(model, calibration, "suggest", inputs)
     with Progress(len(names) + _MIXES, progress, what="measuring and mixing", unit="network") as bar:
         found = {}

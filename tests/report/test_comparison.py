@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant, iter_quantizers
-from dqa_plugins.errors import InvalidMethod, UncalibratedQuantizer, UnsupportedInput
+from dqa_plugins.errors import InvalidArgument, UncalibratedQuantizer, UnsupportedInput
 from dqa_plugins.report import activation_report, compare_methods, suggest
 from tests.adapters.networks import batches, build
 
@@ -74,7 +74,7 @@ def test_other_errors_are_not_hidden() -> None:
         run({"a": Direct()}, DATA, broken)
     with pytest.raises(UnsupportedInput, match="evaluate returned a str"):
         run({"a": Direct()}, DATA, lambda model: "good")
-    with pytest.raises(InvalidMethod, match="one method or more"):
+    with pytest.raises(InvalidArgument, match="one method or more"):
         run({}, DATA, closeness)
     with pytest.raises(UncalibratedQuantizer, match="no batches"):
         run({"a": Direct()}, [], closeness)
@@ -135,7 +135,7 @@ def test_sites_that_share_a_quantizer_are_all_named() -> None:
 def test_arguments_of_suggest() -> None:
     run = functools.partial(suggest, build("branches"), DATA, closeness, quantize=quantize("fx"), progress=False)
     for wrong in ({"candidates": ()}, {"candidates": (DQA(), DQA())}, {"max_drop": -1.0}, {"max_drop": math.nan}):
-        with pytest.raises(InvalidMethod, match="different candidates"):
+        with pytest.raises(InvalidArgument, match="different candidates"):
             run(**wrong)
     with pytest.raises(UncalibratedQuantizer, match="nothing to choose"):
         suggest(
