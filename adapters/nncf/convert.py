@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -144,7 +145,7 @@ def _samples(model: Any, dataset: Any, limit: int | None) -> tuple[FirstSamples,
         raise UnsupportedInput(
             f"quantize takes an nncf.Dataset; got a {type(dataset).__name__}: wrap it, nncf.Dataset(...)."
         )
-    samples = FirstSamples(dataset, limit)
+    samples = FirstSamples(dataset, limit, inspect.signature(model.forward).parameters)
     return samples, nncf.Dataset(samples)
 
 
