@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.ao.nn import quantizable
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase, QConfigMapping
 from torch.fx import GraphModule, Node
 
@@ -24,6 +25,7 @@ from dqa_plugins.graph.operations import Operation
 from dqa_plugins.graph.record import record_shapes
 from dqa_plugins.host.convert import link_reader
 from dqa_plugins.host.placement import Group, Placement, Site, judge
+from dqa_plugins.host.quantize import require_float
 from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.sites import Summary, keep_summary, summaries
 from dqa_plugins.host.skip import resolve_skip
@@ -31,7 +33,7 @@ from dqa_plugins.methods import Method
 from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
-from .config import PluginQConfigMapping
+from .config import SKIP, PluginQConfigMapping
 from .names import Seen, site_name
 from .observer import FXObserver
 
@@ -60,7 +62,7 @@ def place(model: GraphModule, mapping: Any, example_inputs: Any, seen: Seen, *, 
 
     Args:
         model: what FX's `prepare` returned.
-        mapping: the user's QConfigMapping or dict.
+        mapping: the user's QConfigMapping.
         example_inputs: the user's, for shapes.
         seen: what the model calls, for settings that match nothing.
         qat: True from prepare_qat_fx.
@@ -68,10 +70,9 @@ def place(model: GraphModule, mapping: Any, example_inputs: Any, seen: Seen, *, 
     Raises:
         DuplicateSites: two sites have one name.
     """
-    if isinstance(mapping, dict):
-        mapping = QConfigMapping.from_dict(mapping)
     asked = _Asked(model, mapping)
     if asked.anything:
+        require_float(model, "prepare_fx")
         _take_out(model)
         follow_in_place(model)
         placement = find_sites(model, asked, example_inputs)
@@ -104,7 +105,34 @@ def find_sites(model: GraphModule, asked: _Asked, example_inputs: Any) -> Placem
             "read again; torch.fx takes such a write for dead code and drops it in silence. Write the model without "
             "it (y = y + 1 for y.view(...).add_(1)), or quantize it with PT2E."
         )
-    return judge(operations, asked.method_of, overrides=asked.by_name)
+    placement = judge(operations, asked.method_of, overrides=asked.by_name)
+    _refuse_integers(model, placement, custom)
+    return placement
+
+
+def _refuse_integers(model: GraphModule, placement: Placement, custom: Any) -> None:
+    """Refuse what FX does with integer tensors only: ours are float tensors that hold quantized values.
+
+    Raises:
+        UnsupportedCombination: a quantized output, a static LSTM or attention with our QConfig.
+    """
+    ours = {site.value.key for site in placement.sites}
+    output: Any = next(iter(reversed(model.graph.nodes)))
+    given = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
+    for index in custom.output_quantized_indexes:
+        if index < len(given) and given[index] in ours:
+            raise UnsupportedCombination(
+                f"set_output_quantized_indexes([{index}]): our quantizers give float tensors, so this output would be "
+                "float too. Leave the index out, or give the last layer a QConfig of torch.ao."
+            )
+    for path, module in model.named_modules():
+        if type(module) in (quantizable.LSTM, quantizable.MultiheadAttention):
+            if any(isinstance(part, FXObserver) for part in module.modules()):
+                raise UnsupportedCombination(
+                    f"'{path}': FX converts {type(module).__name__} of torch.ao.nn.quantizable to int8 arithmetic, "
+                    "which only torch.ao's own observers serve. Leave it out of set_float_to_observed_mapping: what "
+                    "it reads and gives is quantized then, and its inside stays float."
+                )
 
 
 class _Asked:
@@ -120,7 +148,8 @@ class _Asked:
         self.known: dict[int, tuple[Any, Method | None]] = {}
         self.qconfigs = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
         # a QConfig of ours and none say what happens to a site; torch.ao's own do not
-        named = {name: (q is None, self._method(q)) for name, q in mapping.module_name_qconfigs.items()}
+        names = {name: q for name, q in mapping.module_name_qconfigs.items() if not name.startswith(SKIP)}
+        named = {name: (q is None, self._method(q)) for name, q in names.items()}
         self.by_name = {name: method for name, (none, method) in named.items() if none or method is not None}
 
     @property
@@ -139,11 +168,10 @@ class _Asked:
 
     def unmatched(self, seen: Seen) -> list[tuple[str, str]]:
         """(setting, reason) of types and patterns that match nothing; those of torch.ao's own QConfigs are not said."""
-        defaults = getattr(self.mapping, "defaults", {})
-        found = []
+        everywhere, found = self._method(self.mapping.global_qconfig), []
         for kind, qconfig in self.mapping.object_type_qconfigs.items():
-            default = kind in defaults and defaults[kind] is qconfig
-            if kind not in seen.types and not default and self._concerns_us(qconfig):
+            same = qconfig is not None and self._method(qconfig) == everywhere  # other weights at most
+            if kind not in seen.types and not same and self._concerns_us(qconfig):
                 found.append((getattr(kind, "__name__", str(kind)), "the model calls none of that type"))
         for pattern, qconfig in self.mapping.module_name_regex_qconfigs.items():
             if not any(re.match(pattern, path) for path in seen.paths) and self._concerns_us(qconfig):

@@ -15,6 +15,7 @@ from dqa_plugins.graph.operations import Operation
 from dqa_plugins.graph.readers import geometry, next_linear
 from dqa_plugins.host.patterns import Pattern
 from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site
+from dqa_plugins.host.quantize import require_float
 from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.skip import check_skip, resolve_skip, within
 from dqa_plugins.methods import Method, check_method
@@ -24,11 +25,11 @@ from .host import (
     MovingAveragePerChannelMinMaxObserver,
     QuantizationSpec,
     Quantizer,
-    SharedQuantizationSpec,
     annotation_class,
 )
 from .observer import PT2EObserver, PT2EWeight, WeightRange
 from .place import Described, describe, place
+from .sharing import Placed, Shared
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class PluginQuantizer(Quantizer):
         Raises:
             InvalidMethod: a name given to `skip` or set_module_name is nowhere in the model.
         """
+        require_float(model, "PluginQuantizer")
         graph = describe(model.graph)
         skipped = self._check_names(graph.operations)
         taken = {op for op, unit in graph.units.items() if any(ANNOTATION in node.meta for node in unit.nodes)}
@@ -222,7 +224,7 @@ def _annotate_activations(model: GraphModule, placement: Placement, graph: Descr
         calls.sort(key=lambda call: call[:2])
         spec, (_, _, value, reader) = _spec(model, sites[0], index[sites[0]], graph), calls[0]
         for k, call in enumerate(calls):
-            shared = SharedQuantizationSpec(value if reader is None else (value, reader)) if k else spec
+            shared = Shared(value if reader is None else (value, reader)) if k else spec
             if call[3] is None:
                 _annotation(call[2]).output_qspec = shared
             else:
@@ -243,4 +245,4 @@ def _spec(model: GraphModule, site: Site, index: int, graph: Described) -> Any:
         method=site.method, name=site.name, index=index, producer_axis=site.channel_axis, consumer=consumer
     )
     # no qscheme: no other Quantizer's spec equals it, so torchao never merges our observers with theirs
-    return QuantizationSpec(torch.uint8, constructor, 0, 255, None)
+    return Placed(torch.uint8, constructor, 0, 255, None)

@@ -10,10 +10,26 @@ import torch
 from torch import nn
 
 from dqa_plugins.batches import Call, ItemReader, Pick
+from dqa_plugins.errors import UnsupportedInput
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.methods import Method, check_method
+from dqa_plugins.sites import iter_quantizers
 
 from .skip import within
+
+
+def require_float(model: nn.Module, caller: str) -> None:
+    """Refuse a model whose activations are quantized already: each would be quantized twice.
+
+    Raises:
+        UnsupportedInput: a quantizer is frozen.
+    """
+    placed = [name for name, quantizer in iter_quantizers(model) if quantizer.state == "frozen"]
+    if placed:
+        raise UnsupportedInput(
+            f"{caller} takes a float model; this one is quantized already ({placed[0]!r}, ...). Give it the float "
+            "model, and all methods at once, by layer or site."
+        )
 
 
 def calibration_calls(

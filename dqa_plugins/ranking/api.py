@@ -13,11 +13,11 @@ from ..batches import ItemReader, Pick
 from ..digest import digest
 from ..methods import method_to_dict
 from ..processes import Processes
+from ..progress import Progress
 from ..quantizer import ActivationQuantizer
 from .checkpoint import Checkpoint
 from .errors import MetricError, RankingError
 from .greedy import greedy
-from .progress import Progress
 from .scoring import Batches, Metric, Scorer, batch_size
 from .search_model import SearchModel, check_rankable
 from .strategies import kept_errors, measured_errors, random_scores, taylor_scores
@@ -98,12 +98,12 @@ def rank_channels(
         if strategy == "greedy":
             store = Checkpoint(checkpoint, belongs, ranks)
             done = sum(layer.channels for layer in store.done.values())
-            with Progress(total, progress, done) as bar:
+            with Progress(total, progress, done, what="ranking channels", unit="channel") as bar:
                 if done < total:
                     greedy(SearchModel(model), listed, scorer, store, bar, ranks, strict=strict, memory=memory)
             layers = [store.done[name] for name in rankable]
         else:
-            with Progress(total, progress) as bar:
+            with Progress(total, progress, what="ranking channels", unit="channel") as bar:
                 layers = _without_search(model, rankable, listed, strategy, metric, seed, bar, ranks)
     table = RankTable(tuple(layers), strategy, scorer.name if strategy == "greedy" else "", seed, strict)
     table.apply(model)

@@ -169,10 +169,10 @@ add("integers are floating", "place.py", "_sizes(tensor), tensor.is_floating_poi
 add(
     "torchao's observer switch is ignored",
     "observer.py",
-    "observing = self.observer_enabled[0] == 1",
-    "observing = True",
+    "bool(self.observer_enabled[0] == 1) and ",
+    "",
 )
-add("torchao's fake-quant switch is ignored", "observer.py", "if self.fake_quant_enabled[0] == 1:", "if True:")
+add("torchao's fake-quant switch is ignored", "observer.py", "bool(self.fake_quant_enabled[0] == 1)", "True")
 add(
     "channel axis 1 everywhere",
     "observer.py",

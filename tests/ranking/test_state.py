@@ -263,7 +263,7 @@ def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
         return original(name, *rest, **settings)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with caplog.at_level("INFO", "dqa_plugins.ranking"):
+    with caplog.at_level("INFO", "dqa_plugins"):
         rank_channels(build(), labelled())
     assert "tqdm is not installed" in caplog.text
     assert "q2" in caplog.text
