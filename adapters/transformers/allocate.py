@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dqa_plugins.errors import InvalidMethod
+from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.rounding import power_of_two
 from dqa_plugins.storage.coder.histograms import entropy_bits
 
@@ -77,7 +78,7 @@ def _with_steps(tensors: Sequence[TensorSettings], roots: Sequence[Tensor], leve
     return [replace(t, quantizer=_with_step(t, (2.0**level / r).float())) for t, r in zip(tensors, roots, strict=True)]
 
 
-def _with_step(t: TensorSettings, step: Tensor) -> object:
+def _with_step(t: TensorSettings, step: Tensor) -> ActivationQuantizer:
     quantizer = copy.deepcopy(t.quantizer)
     extra = torch.zeros(len(step), dtype=torch.int64)
     if quantizer.method.has_important_channels:

@@ -77,7 +77,7 @@ class _Recording(DynamicCache):
             if self.leaves:
                 x.retain_grad()
         self.seen[layer_idx] = pair
-        return super().update(*pair, layer_idx, *args, **kwargs)
+        return super().update(pair[0], pair[1], layer_idx, *args, **kwargs)
 
 
 def calibrate_cache(

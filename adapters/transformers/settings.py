@@ -85,7 +85,7 @@ class CacheSettings:
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= 2**20:
                 raise InvalidMethod(f"{name}={value!r}: a number of tokens from {low} to {2**20}.")
 
-    def replace(self, **fields: int) -> CacheSettings:
+    def replace(self, **fields: Any) -> CacheSettings:
         """A copy with another window, block or first."""
         return replace(self, **fields)
 
@@ -205,7 +205,7 @@ def _load_layer(i: int, described: Mapping[str, Any], tensors: Mapping[str, Tens
         quantizer = ActivationQuantizer(method_from_dict(described["method"]), name=f"{i}.{part}")
         state = {k.removeprefix(prefix + "quantizer."): v for k, v in tensors.items() if k.startswith(prefix + "quant")}
         quantizer.load_state_dict({**quantizer.state_dict(), **state})
-        book = replace(read_codebook(memoryview(tensors[prefix + "book"].numpy())), name=quantizer.name)
+        book = replace(read_codebook(memoryview(tensors[prefix + "book"].numpy().tobytes())), name=quantizer.name)
         center = tensors[prefix + "center"]
         if quantizer.state != "frozen" or center.shape != (heads * width,) or center.dtype != torch.float32:
             raise StateMismatch(f"{prefix[:-1]}: {quantizer.state} quantizer, centre of {tuple(center.shape)}.")

@@ -149,8 +149,7 @@ def affine(x: Tensor, bits: int, axis: int, group: int) -> tuple[Tensor, float]:
     """Asymmetric, groups of neighbours along an axis, float16 scale and minimum."""
     y = x.transpose(axis, -1)
     left = y.shape[-1] % group
-    z = torch.nn.functional.pad(y, (0, (group - left) % group), mode="replicate") if left else y
-    z = z.unflatten(-1, (-1, group))
+    z = torch.cat([y, y[..., -1:].expand(*y.shape[:-1], (group - left) % group)], -1).unflatten(-1, (-1, group))
     low = z.amin(-1, keepdim=True).half().float()
     step = ((z.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float().clamp(min=1e-8)
     z = ((z - low) / step).round().clamp(0, 2**bits - 1) * step + low

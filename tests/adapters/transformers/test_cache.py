@@ -16,6 +16,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from dqa_plugins import DQA, Direct
 from dqa_plugins.adapters.transformers import CacheSettings, PackedCache, calibrate_cache
+from dqa_plugins.adapters.transformers.calibrate import Record
 from dqa_plugins.errors import (
     ChannelMismatch,
     DQAError,
@@ -439,3 +440,10 @@ def test_identity_is_that_of_the_decoder() -> None:
 def test_rounded_cache_is_no_packed_one() -> None:
     """The reference of test_generate shares no code with what it is held against."""
     assert not isinstance(RoundedCache(settings("llama")), PackedCache)
+
+
+def test_components_that_turn_into_each_other_share_a_sensitivity() -> None:
+    squares = torch.arange(12.0, dtype=torch.float64)
+    record = Record("0.keys", 2, 6, rotary=4, squares=squares, tokens=1)
+    assert record.sensitivity.tolist() == [1, 2, 1, 2, 4, 5, 7, 8, 7, 8, 10, 11]
+    assert torch.equal(squares, torch.arange(12.0, dtype=torch.float64))
