@@ -24,8 +24,8 @@ from .settings import TensorSettings
 from .tables import coded_bits, codes_of, shared_codebooks
 
 _ROUNDS = 4  # corrections of the order-0 estimate by the tables that are really made
-_STEPS = 16  # bisection steps
-_TOKENS = 512  # of the estimate
+_STEPS = 12  # bisection steps
+_TOKENS = 256  # of the estimate
 
 
 def allocate_steps(
@@ -57,7 +57,7 @@ def allocate_steps(
 
     beyond, best, miss = 0.0, None, np.inf
     for _ in range(_ROUNDS):
-        low, high = -40.0, 20.0
+        low, high = -32.0, 16.0
         for _ in range(_STEPS):
             middle = (low + high) / 2
             low, high = (middle, high) if estimate(middle) + beyond > target else (low, middle)
