@@ -146,6 +146,20 @@ def test_models_of_nncf_are_refused() -> None:
         prepare_stored(quantized, METHOD, batches("residual")[0])
 
 
+def test_values_inside_float_layers_can_be_skipped_by_the_name_of_their_edge() -> None:
+    """An encoder layer is one site; values inside it get names behind its own, which `skip` did not know."""
+    torch.manual_seed(0)
+    layers = (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2))
+    model, x = nn.Sequential(*layers, nn.Linear(16, 4)).eval(), (torch.randn(4, 6, 16),)
+    prepared, convert = pt2e(model, x)
+    prepared(*x)
+    wanted = convert(prepared)
+    names = [edge.name for edge in stored_edges(prepare_stored(wanted, METHOD, x))]
+    assert names == ["0", "0.stored", "1.stored"]
+    site = prepare_stored(wanted, METHOD, x, skip=tuple(names[1:]))
+    assert [edge.name for edge in stored_edges(site)] == ["0"]
+
+
 def transformer(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     """A small random instance of the transformers library."""
     made = importlib.import_module("transformers")

@@ -51,7 +51,7 @@ def prepare_stored(
         method: of the quantizers. Values that an adapter's quantizer stands on keep that one.
         example_inputs: a tensor or a tuple of positional inputs, for the shapes.
         min_lifetime: compute layers that must run between the making of a value and a late reader.
-        skip: site names to leave in float.
+        skip: names of sites, or of edges as `stored_edges` gives them, to leave as they are.
 
     Returns:
         a prepared model in the mode of `model`; calibrate it by running it. `stored_edges(prepared)` lists the edges.
@@ -76,8 +76,9 @@ def prepare_stored(
     floats = {node for node, found in seen.items() if found.dtype is not None and found.dtype.is_floating_point}
     axes = producer_axes(traced, seen)
     late = late_reads(traced, min_lifetime, lambda node: node in floats and names[node] not in skip)
+    left: set[str] = set()
     for node, reads in late.items():
-        _store(traced, node, reads, method, names[node], axes.get(node, 1), seen)
+        _store(traced, node, reads, method, names[node], axes.get(node, 1), seen, (skip, left))
     if not stored_edges(traced):
         raise NothingToStore(
             f"{type(model).__name__} has no floating-point value that is read again after {min_lifetime} or more "
@@ -97,6 +98,7 @@ def _store(
     name: str,
     axis: int,
     seen: Mapping[Node, TensorFacts],
+    skip: tuple[tuple[str, ...], set[str]],
 ) -> None:
     """Put a site behind `node`, and let the late readers read it.
 
@@ -116,7 +118,11 @@ def _store(
         groups.setdefault((read.final, how.key if how else ""), (how, []))[1].append(read)
     for number, ((final, _), (how, group)) in enumerate(groups.items()):
         wanted = existing.name or name if existing is not None and origin is node else name
-        site_name = _free_name(model, f"{wanted}.{number}" if number else wanted, own=existing is None)
+        wanted = f"{wanted}.{number}" if number else wanted
+        site_name = _free_name(model, wanted, skip[1], own=existing is None)
+        if site_name in skip[0]:
+            skip[1].add(site_name)
+            continue
         quantizer = existing or ActivationQuantizer(method, name=site_name, producer_axis=axis)
         edge = Edge(
             name=site_name,
@@ -138,9 +144,9 @@ def _store(
                 read_subsample(model, read.reader, node, current, site, sized)
 
 
-def _free_name(model: GraphModule, name: str, *, own: bool) -> str:
-    """A site name that no stored value has, nor, if the site gets a quantizer of its own, any quantizer."""
-    taken = {edge.name for edge in stored_edges(model)}
+def _free_name(model: GraphModule, name: str, left: set[str], *, own: bool) -> str:
+    """A site name that no stored or left value has, nor, if the site gets a quantizer of its own, any quantizer."""
+    taken = left | {edge.name for edge in stored_edges(model)}
     if own:
         taken |= {m.name for m in model.modules() if isinstance(m, ActivationQuantizer)}
     names = itertools.chain([name, f"{name}.stored"], (f"{name}.stored.{k}" for k in itertools.count(1)))
