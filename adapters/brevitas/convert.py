@@ -11,7 +11,7 @@ from brevitas.graph.calibrate import calibration_mode
 from torch import nn
 from torch.fx import GraphModule
 
-from dqa_plugins.host.quantize import example_of, run_calibration, split_methods
+from dqa_plugins.host.quantize import example_of, require_float, run_calibration, split_methods
 from dqa_plugins.methods import Method
 
 from .fields import require_supported
@@ -44,9 +44,10 @@ def quantize_model(
         the traced model in eval mode, with frozen quantizers.
 
     Raises:
-        UnsupportedInput: torch.fx cannot trace the model.
+        UnsupportedInput: torch.fx cannot trace the model, or it is quantized already.
         NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
     """
+    require_float(model)
     items, example = example_of(calibration, inputs, example_inputs)
     everywhere, named = split_methods(method)
     for wanted in (everywhere, *named.values()):

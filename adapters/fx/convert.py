@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from dqa_plugins.host.quantize import example_of, run_calibration, split_methods
+from dqa_plugins.host.quantize import example_of, require_float, run_calibration, split_methods
 from dqa_plugins.methods import Method
 
 from .config import get_qconfig, get_qconfig_mapping
@@ -36,9 +36,11 @@ def quantize_model(
 
     Raises:
         NotAMethod, InvalidMethod, UncalibratedQuantizer.
+        UnsupportedInput: the model is quantized already.
     """
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
+    require_float(model)
     items, example = example_of(calibration, inputs, example_inputs)
     everywhere, named = split_methods(method)
     mapping = get_qconfig_mapping(everywhere, weight_bits=weight_bits)

@@ -20,10 +20,9 @@ from nncf.torch.function_hook.statistics.aggregator import PT2StatisticsAggregat
 from torch import nn
 
 from dqa_plugins.errors import DQAWarning, InvalidMethod, UncalibratedQuantizer, UnsupportedInput
-from dqa_plugins.host.quantize import as_call, example_of, split_methods
+from dqa_plugins.host.quantize import as_call, example_of, require_float, split_methods
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp import link
-from dqa_plugins.sites import iter_quantizers
 
 from .algorithm import ActivationQuantization, Plan
 from .config import Weights, check, parse
@@ -127,9 +126,7 @@ def _as_item(item: Any, inputs: Callable[[Any], Any] | None = None) -> Any:
 def _samples(model: Any, dataset: Any, limit: int | None) -> tuple[FirstSamples, nncf.Dataset]:
     if not isinstance(model, nn.Module):
         raise UnsupportedInput(f"quantize takes a torch.nn.Module; got a {type(model).__name__}.")
-    placed = [name for name, _ in iter_quantizers(model)]
-    if placed:
-        raise UnsupportedInput(f"quantize takes a float model; this one is quantized already ({placed[0]!r}, ...).")
+    require_float(model)
     if not isinstance(dataset, nncf.Dataset):
         raise UnsupportedInput(
             f"quantize takes an nncf.Dataset; got a {type(dataset).__name__}: wrap it, nncf.Dataset(...)."

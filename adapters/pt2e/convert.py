@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from dqa_plugins.host.quantize import as_call, example_of, run_calibration, split_methods
+from dqa_plugins.host.quantize import as_call, example_of, require_float, run_calibration, split_methods
 from dqa_plugins.methods import Method
 
 from .config import PluginQuantizer
@@ -41,9 +41,11 @@ def quantize_model(
 
     Raises:
         NotAMethod, InvalidMethod, UncalibratedQuantizer.
+        UnsupportedInput: the model is quantized already.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+    require_float(model)
     items, example = example_of(calibration, inputs, example_inputs)
     everywhere, named = split_methods(method)
     quantizer = PluginQuantizer(weight_bits=weight_bits).set_global(everywhere)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedInput
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.methods import Method, check_method
+from dqa_plugins.sites import iter_quantizers
 
 from .skip import within
 
@@ -39,6 +40,20 @@ def as_call(item: Any, inputs: Inputs = None) -> tuple[tuple[Any, ...], dict[str
         f"a calibration item is a tensor, a tuple or list of positional inputs, or a dict of keyword inputs; got "
         f"{type(found).__name__}. Give inputs=, a function from an item to one of these."
     )
+
+
+def require_float(model: nn.Module) -> None:
+    """A model that has quantizers is not quantized again: its codes would be quantized, in silence in some hosts.
+
+    Raises:
+        UnsupportedInput: it has.
+    """
+    placed = next((name for name, _ in iter_quantizers(model)), None)
+    if placed is not None:
+        raise UnsupportedInput(
+            f"a {type(model).__name__} that is quantized already ({placed!r}, ...) was given where a float model is "
+            "expected. Quantize the float model again, with other methods or other data."
+        )
 
 
 def example_of(calibration: Iterable[Any], inputs: Inputs, example_inputs: Any) -> tuple[Iterable[Any], Any]:
