@@ -31,11 +31,13 @@ from .errors import (
     UnsupportedCombination,
     UnsupportedInput,
 )
+from .grid import QParams
 from .kernels import eager
 from .method import Method
 from .parameters import QuantizerParameters
 from .ranges import measure
 from .resolve import kept_values, next_layer_weight, static_qparams
+from .rounding import cast
 
 LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and backends reach
 
@@ -207,24 +209,49 @@ class ActivationQuantizer(QuantizerParameters):
         self._check_channels(x)
         if prediction is None and self.listener is not None:
             self.listener(self.name, x)
-        table = self._static_table(x)
+        table = self._table(x, prediction)
         if table is not None:
             return eager.fake_quantize(x, table)
         return self.grid(x, prediction).fake_quantize(x)
 
-    def _static_table(self, x: Tensor) -> eager.Table | None:
-        """What the kernel reads of frozen static parameters, kept until a buffer is another one or has been written."""
-        if self._state != "frozen" or self.method.source != "static" or not eager.usable(x):
+    def _table(self, x: Tensor, prediction: Tensor | None) -> eager.Table | None:
+        """What the kernel reads in place of `grid`; None where kernels do not serve x, or the method has its own way.
+
+        What no sample changes is kept until a buffer is another one, or has been written.
+        """
+        if self._state != "frozen" or not eager.usable(x):
             return None
         buffers = tuple(self._buffers.values())
         try:
-            key = (x.ndim, self._axis, *map(id, buffers), *(buffer._version for buffer in buffers))  # type: ignore[union-attr]
+            key = (x.ndim, self._axis, *map(id, buffers), *(b._version for b in buffers))  # type: ignore[union-attr]
         except RuntimeError:  # inference tensors count no writes
             return None
         held = _tables.get(self)
         if held is None or held[0] != key:
-            held = _tables[self] = key, buffers, self.grid(x).table(x)
-        return held[2]
+            held = _tables[self] = key, buffers, self._fixed_table(x)
+        fixed, method = held[2], self.method
+        if fixed is None or method.source == "static":
+            return fixed
+        found = self.source.extents(self, x, prediction)
+        if found is None:
+            return None
+        if self.clip_factor is not None:
+            found = [extent * cast(self.clip_factor, extent.dtype) for extent in found]
+        steps = (2**method.bits - 1) / 2 if method.uses_range else method.steps(self.signed)
+        axis, predicted = self.channel_axis % x.ndim, self.predictor is not None
+        return eager.derive(fixed, axis, found, steps, ranged=method.uses_range, predicted=predicted)
+
+    def _fixed_table(self, x: Tensor) -> eager.Table | None:
+        """The table of a static grid, of the grid of scale 1, or of a range from 0 to 1."""
+        method = self.method
+        if method.source == "static":
+            return self.grid(x).table(x)
+        if not method.uses_range:
+            return self.unit_grid_for(x).table(x)
+        if type(method).grid is not Method.grid:
+            return None
+        one = torch.ones((), device=x.device)
+        return method.grid(QParams(None, one - one, one), self.signed, {}).table(x)
 
     # ------------------------------------------------------------ calibration
 

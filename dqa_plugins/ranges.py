@@ -116,16 +116,26 @@ def _measure(values: Tensor, wanted: Sequence[Extent]) -> dict[Extent, Tensor]:
 
 def _of_extremes(x: Tensor, wanted: Sequence[Extent], axis: int | None, ends: eager.Extremes) -> tuple[Tensor, ...]:
     """`extents` where kernels serve x: of the ends of each group, and of order statistics without a sort."""
-    found = {extent: torch.zeros_like(ends.low) for extent in wanted if extent.of == "zero"}
-    found[Extent("lower", 0.0)], found[Extent("upper", 1.0)] = -ends.low, ends.high
-    found[Extent("positive", 1.0)] = ends.high.clamp(min=0)
-    found[Extent("magnitude", 1.0)] = torch.maximum(ends.high, -ends.low)
+    found = {extent: end for extent in wanted if (end := _end(extent, ends)) is not None}
     for magnitude in (True, False):
         mine = [extent for extent in wanted if extent not in found and (extent.of == "magnitude") == magnitude]
         if mine:
             values = _selected(eager.by_group(x, axis), mine)
             found.update((e, v.reshape(ends.low.shape)) for e, v in zip(mine, values, strict=True))
     return tuple(found[extent] for extent in wanted)
+
+
+def _end(extent: Extent, ends: eager.Extremes) -> Tensor | None:
+    """The extent if the smallest and the largest value tell it."""
+    if extent.of == "zero":
+        return torch.zeros_like(ends.low)
+    if extent.of == "lower":
+        return -ends.low if extent.level == 0 else None
+    if extent.level != 1:
+        return None
+    if extent.of == "magnitude":
+        return torch.maximum(ends.high, -ends.low)
+    return ends.high.clamp(min=0) if extent.of == "positive" else ends.high
 
 
 def _selected(rows: Tensor, wanted: Sequence[Extent]) -> tuple[Tensor, ...]:

@@ -6,8 +6,11 @@ finds plain aten operations, and so do tensor subclasses and other devices.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,7 +27,6 @@ PARALLEL = 2**18  # values below which one thread is used
 _BLOCK = 4096  # values; threads change places at multiples of it
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NARROW = (torch.float16, torch.bfloat16)
-_INFINITY = 0x7F800000  # the key of inf; that of -inf is -_INFINITY - 1
 
 Array = NDArray[Any]
 
@@ -111,7 +113,7 @@ def flat(x: Tensor) -> Array:
 def _ranges(total: int, size: int) -> list[tuple[int, int]]:
     """Cuts 0 .. total, in units of `size` values each, for the threads of a pass."""
     threads = torch_threads()
-    if threads == 1 or total * size < PARALLEL:
+    if threads == 1:
         return [(0, total)]
     step = max(1, _BLOCK // size)
     parts = min(PARTS * threads, -(-total // step))
@@ -119,10 +121,12 @@ def _ranges(total: int, size: int) -> list[tuple[int, int]]:
     return [(first, last) for first, last in itertools.pairwise(edges) if first < last]
 
 
-def _run(kernel: Any, arguments: tuple[Any, ...], total: int, size: int = 1) -> None:
-    """kernel(*arguments, first, last) over 0 .. total, in as many threads as torch uses."""
+def _run(kernel: Any, arguments: tuple[Any, ...], total: int, size: int = 1) -> list[Any]:
+    """kernel(*arguments, first, last) over 0 .. total, in as many threads as torch uses; what it returned."""
+    if total * size < PARALLEL:
+        return [kernel(*arguments, 0, total)]
     ranges = _ranges(total, size)
-    share(lambda i: kernel(*arguments, *ranges[i]), len(ranges), torch_threads())
+    return share(lambda i: kernel(*arguments, *ranges[i]), len(ranges), torch_threads())
 
 
 # ---------------------------------------------------------------- fake quantization
@@ -192,6 +196,22 @@ def table_of(x: Tensor, parameters: tuple[Tensor | float | None, ...]) -> Table 
     return Table(values, axes.pop() if axes else 0, keeps or zero is not None or bias is not None, keeps)
 
 
+def derive(unit: Table, axis: int, extents: Sequence[Tensor], steps: float, *, ranged: bool, predicted: bool) -> Table:
+    """The table of samples with these extents, as `ranges.qparams_of` and `Method.grid` have it.
+
+    Args:
+        unit: the Grid of scale 1; where `ranged`, a Grid of any range.
+        axis: of the C channels, not negative.
+        extents: (B, G) float32 each, see `tables.derive` for the rest.
+    """
+    from .tables import derive as kernel
+
+    known = np.stack([extent.detach().numpy() for extent in extents])
+    out = np.empty((len(unit.values), known.shape[1], max(known.shape[2], unit.values.shape[2])), np.float32)
+    kernel(unit.values, known, np.float32(steps), ranged, unit.keeps, predicted, out)
+    return Table(out, axis, unit.full, unit.keeps)
+
+
 def fake_quantize(x: Tensor, table: Table) -> Tensor:
     """What `Grid.fake_quantize` gives: the quantized values of x in its dtype, with a straight-through gradient."""
     values = _pass(x, table)
@@ -241,11 +261,6 @@ class Extremes(NamedTuple):
     nan: bool
 
 
-def _values(keys: Array) -> Tensor:
-    """The float32 values of keys; no zero is negative."""
-    return torch.from_numpy((keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(np.float32)) + 0.0
-
-
 def extremes(x: Tensor, axis: int | None) -> Extremes:
     """Of each sample of x, (B, ...), or of each channel along `axis` of each sample, in one pass.
 
@@ -256,18 +271,11 @@ def extremes(x: Tensor, axis: int | None) -> Extremes:
     from .observe import extremes as kernel
 
     y, rows = _dense(x, True, axis)
-    channels = 1 if axis is None else x.shape[axis]
-    low = np.full(len(x) * channels, 2**31 - 1, np.int32)
-    high = np.full(len(x) * channels, -(2**31), np.int32)
-    _run(kernel, (flat(y).view(np.int32), low, high, *rows[:4]), rows.samples, y.numel() // rows.samples)
-    least, most = int(low.min()), int(high.max())
-    shape = (len(x), channels)
-    return Extremes(
-        _values(low).reshape(shape),
-        _values(high).reshape(shape),
-        least > -_INFINITY - 1 and most < _INFINITY,
-        least < -_INFINITY - 1 or most > _INFINITY,
-    )
+    ends = np.empty((2, x.shape[0] * (1 if axis is None else x.shape[axis])), np.int32)
+    arguments = (flat(y).view(np.int32), ends[0], ends[1], *rows[:4])
+    flags = functools.reduce(operator.or_, _run(kernel, arguments, rows.samples, y.numel() // rows.samples))
+    low, high = torch.from_numpy(ends.view(np.float32).reshape(2, x.shape[0], -1)).unbind(0)
+    return Extremes(low, high, flags == 0, flags > 1)
 
 
 def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> Tensor:
@@ -288,7 +296,7 @@ def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> T
     found = np.empty((count, len(ranks), 2), np.int32)
     mask = np.int32(0x7FFFFFFF if magnitude else -1)
     _run(select, (flat(rows).view(np.int32), size, mask, np.array(ranks, np.int64), found), count, size)
-    return _values(found)
+    return torch.from_numpy(found.view(np.float32))
 
 
 def by_group(x: Tensor, axis: int | None) -> Tensor:

@@ -23,6 +23,7 @@ from .memory import compress_between
 _u = np.uint64
 _LEAST, _MOST = np.int32(-(2**31)), np.int32(2**31 - 1)
 _SAMPLE = 256
+_INFINITY = np.int32(0x7F800000)  # its bits and its key; ~ gives the key of -inf
 
 
 @njit(inline="always")
@@ -42,16 +43,27 @@ def _ends(x, begin, end):  # type: ignore[no-untyped-def]
     return low, high
 
 
+@njit(inline="always")
+def _value(k):  # type: ignore[no-untyped-def]
+    """The bits of the value with this key; 0, never -0."""
+    return np.int32(0) if k == np.int32(-1) else key(k)
+
+
 @kernel
 def extremes(x, low, high, inner, free, count, along, first, last):  # type: ignore[no-untyped-def]
-    """Keys of the smallest and the largest value of each group.
+    """The smallest and the largest value of each group.
 
     Args:
         x: (N,) int32, the bits of float32 values, in rows as `fake_quantize.fake_quantize` has them.
-        low, high: (M,) int32, lowered and raised.
-        first, last: the range of samples (of whole groups, if there is one row for each) that is looked at.
+        low, high: (M,) int32, written: bits of float32, meaningless where a value is NaN.
+        first, last: the range of samples that is looked at.
+
+    Returns:
+        0, or 1 where a value is not finite, or 3 where one is NaN.
     """
-    rows = free * count if not along else free
+    rows, groups = (free, inner) if along else (free * count, count)
+    low[first * groups : last * groups] = _MOST
+    high[first * groups : last * groups] = _LEAST
     for row in range(first * rows, last * rows):
         begin = row * inner
         if along:
@@ -64,6 +76,13 @@ def extremes(x, low, high, inner, free, count, along, first, last):  # type: ign
             at = row // rows * count + row % count
             least, most = _ends(x, begin, begin + inner)
             low[at], high[at] = min(low[at], least), max(high[at], most)
+    least, most = _MOST, _LEAST
+    for group in range(first * groups, last * groups):
+        least, most = min(least, low[group]), max(most, high[group])
+        low[group], high[group] = _value(low[group]), _value(high[group])
+    if least < ~_INFINITY or most > _INFINITY:
+        return 3
+    return 1 if least == ~_INFINITY or most == _INFINITY else 0
 
 
 @kernel
@@ -186,10 +205,11 @@ def select(x, size, mask, ranks, out, first, last):  # type: ignore[no-untyped-d
         x: (N,) int32, the bits of float32 values: rows of `size` values side by side, none of them NaN.
         mask: int32, laid over the bits: 0x7fffffff for magnitudes, -1 for the values.
         ranks: (R,) int64, ascending from 0.
-        out: (rows, R, 2) int32, written: the keys at each rank and at the next one (the last one if there is none).
+        out: (rows, R, 2) int32, written: bits of the values at each rank and the next one (the last if there is none).
         first, last: the range of rows.
     """
     room, sample = np.empty((2, size + 16), np.int32), np.empty(_SAMPLE, np.int32)
     for row in range(first, last):
         for r in range(ranks.size):
             _select(x, row * size, size, mask, ranks[r], sample, room, out[row, r])
+            out[row, r, 0], out[row, r, 1] = _value(out[row, r, 0]), _value(out[row, r, 1])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 PARTS = 4  # ranges for each thread: a thread that is slow gets fewer of them
+_CORES = os.cpu_count() or 1  # asked once: it reads a file
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
 
@@ -37,7 +38,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
 
 def torch_threads() -> int:
     """torch's own setting, within the cores that there are."""
-    return max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
+    return max(1, min(torch.get_num_threads(), _CORES))
 
 
 def share(task: Callable[[int], Any], count: int, threads: int) -> list[Any]:
