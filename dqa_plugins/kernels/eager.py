@@ -291,7 +291,7 @@ def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> T
     """
     from .observe import select
 
-    rows = rows.contiguous()
+    rows = rows.detach().contiguous()
     count, size = rows.shape
     found = np.empty((count, len(ranks), 2), np.int32)
     mask = np.int32(0x7FFFFFFF if magnitude else -1)

@@ -23,8 +23,8 @@ class Own(Tensor):
     """A tensor subclass."""
 
 
-def frozen() -> ActivationQuantizer:
-    quantizer = ActivationQuantizer(Direct(qparams="dynamic"), name="site")
+def frozen(qparams: str = "dynamic") -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(Direct(qparams=qparams), name="site")
     quantizer(torch.randn(4, 3, 8))
     return quantizer.freeze()
 
@@ -61,8 +61,8 @@ def test_tracers_and_transforms_see_aten_operations() -> None:
     graph = make_fx(quantizer)(x)
     assert any("round" in name for name in operations(graph))
     assert torch.equal(graph(x), expected)
+    quantizer, other = frozen("static"), torch.randn(4, 3, 8)
     traced = torch.jit.trace(quantizer, x)
-    other = torch.randn(4, 3, 8)
     assert torch.equal(traced(other), quantizer(other))
     assert torch.equal(torch.vmap(GRID.fake_quantize)(x), GRID.fake_quantize(x))
     _, tangent = torch.func.jvp(GRID.fake_quantize, (x,), (torch.ones_like(x),))
