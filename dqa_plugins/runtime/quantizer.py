@@ -1,0 +1,183 @@
+"""A quantizer in front of int8 layers: one pass from float to bytes, and the outliers beside them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dqa_plugins.grid import Grid
+from dqa_plugins.operators import grid_of
+
+from .codes import ByteGrid, Codes, Outliers, byte_grid
+
+MOST_OUTLIERS = 1 / 8  # share of the values beyond which a convolution in float is faster than the scatter
+_NONE = np.int32(-1)
+_local = threading.local()
+
+
+def laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    """x in the memory format of its readers."""
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _scratch(size: int) -> Outliers:
+    """Buffers of the calling thread, valid until its next call."""
+    found: Outliers | None = getattr(_local, "outliers", None)
+    if found is None or found.positions.size < size:
+        found = _local.outliers = Outliers(np.empty(size, np.int32), np.empty(size, np.float32))
+    return found
+
+
+class Density:
+    """What a quantizer saw: added to by any thread, copied with its model."""
+
+    def __init__(self) -> None:
+        self.values = self.outliers = self.calls = self.fallbacks = 0
+        self.highest = 0.0
+        self.lock = threading.Lock()
+
+    def add(self, values: int, outliers: int, highest: float) -> None:
+        with self.lock:
+            self.values, self.outliers, self.calls = self.values + values, self.outliers + outliers, self.calls + 1
+            self.highest = max(self.highest, highest)
+
+    def fall_back(self) -> None:
+        with self.lock:
+            self.fallbacks += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Density:
+        return Density()
+
+    def __reduce__(self) -> tuple[type[Density], tuple[()]]:
+        return Density, ()
+
+
+class Int8Quantizer(nn.Module):
+    """Replaces fake_quantize, and a sum and a ReLU in front of it, where int8 layers read the result.
+
+    Args:
+        site: name of the quantizer.
+        grid: of constants, laid out against x; None: given at each call (dynamic and predicted qparams).
+        channels_last: the layers are convolutions.
+        folded: the steps of channels are in the weights of the layers.
+        added, relu: forward computes relu(x + other) first.
+        values: readers in float want the fake-quantized tensor, too.
+
+    Buffers: the tensors of a constant grid.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        grid: Grid | None,
+        *,
+        channels_last: bool,
+        folded: bool = False,
+        added: bool = False,
+        relu: bool = False,
+        values: bool = False,
+    ) -> None:
+        super().__init__()
+        self.site, self.channels_last, self.folded = site, channels_last, folded
+        self.added, self.relu, self.values = added, relu, values
+        self.floor = np.float32(0 if relu else -np.inf)
+        self.density = Density()
+        self._integers: dict[str, int] = {}
+        self.constant = grid is not None
+        for field in fields(Grid) if grid is not None else ():
+            value = getattr(grid, field.name)
+            if isinstance(value, int):
+                self._integers[field.name] = value
+            for part, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
+                if isinstance(tensor, Tensor) and field.name not in ("exact_zero", "divisor"):
+                    self.register_buffer(f"{field.name}_{part}", tensor.detach().clone())
+        self._plan: ByteGrid | str | None = None
+        self.register_load_state_dict_post_hook(Int8Quantizer._forget)
+
+    def _forget(self, _: Any) -> None:
+        self._plan = None
+
+    def _constant_grid(self) -> Grid:
+        found: dict[str, Any] = dict(self._integers)
+        for field in fields(Grid):
+            parts = [self._buffers.get(f"{field.name}_{part}") for part in (0, 1)]
+            if parts[0] is not None:
+                found[field.name] = tuple(parts) if field.name == "keep" else parts[0]
+        return Grid(**found)
+
+    def forward(self, x: Tensor, *arguments: Any) -> Codes:
+        """Quantize x, (B, ...) float32.
+
+        Args:
+            arguments: the other summand if there is one; then, unless the grid is constant, those of
+                dqa_plugins::fake_quantize between x and the site.
+        """
+        other, arguments = (arguments[0], arguments[1:]) if self.added else (None, arguments)
+        if self.constant:
+            if self._plan is None:
+                self._plan = byte_grid(self._constant_grid(), folded=self.folded)
+            plans = [self._plan]
+        else:
+            grid = grid_of(*arguments)
+            plans = [byte_grid(sample, folded=self.folded) for sample in samples(grid, len(x))]
+        found = self._quantize(x, other, plans) if x.numel() else None
+        if found is None:
+            self.density.fall_back()
+            grid = self._constant_grid() if self.constant else grid
+            if other is not None:
+                x = x + other
+            values = grid.fake_quantize(x.relu() if self.relu else x)
+            return Codes(None, [], [], None, values)
+        return found
+
+    def _quantize(self, x: Tensor, other: Tensor | None, plans: list[ByteGrid | str]) -> Codes | None:
+        """None: a value or a grid that no byte holds."""
+        from dqa_plugins.kernels import int8
+
+        x = laid_out(x, self.channels_last)
+        codes = torch.empty_like(x, dtype=torch.uint8)
+        values = torch.empty_like(x) if self.values else None
+        source, to, kept, second = x.data_ptr(), codes.data_ptr(), values.data_ptr() if values is not None else 0, 0
+        if other is not None:
+            other = laid_out(other.expand(x.shape), self.channels_last)
+            second = other.data_ptr()
+        size = x.numel() // len(plans)
+        found, most = 0, 0
+        scratch: Outliers | None = None
+        for b, plan in enumerate(plans):
+            if isinstance(plan, str):
+                return None
+            a, c, q, y = source + 4 * b * size, second and second + 4 * b * size, to + b * size, kept and kept + 4 * b * size
+            if plan.channels is None:
+                flag = int8.quantize(a, c, self.floor, *plan.tensor, q, y, size)
+            else:
+                flag = int8.quantize_channels(a, c, self.floor, plan.channels, plan.zero, q, y, size)
+            if flag == 1:
+                return None
+            if plan.ends is not None:
+                if scratch is None:
+                    scratch = _scratch(int(x.numel() * MOST_OUTLIERS) + int8.CHUNK + int8.BLOCK)
+                bottom, top = plan.ends
+                if flag != 2:
+                    bottom = (_NONE, bottom[1])
+                last, found = found, int8.outliers(
+                    a, c, self.floor, *plan.keep, bottom, top, q, y, size, b * size, *scratch, found
+                )
+                if found < 0:
+                    return None
+                most = max(most, found - last)
+        outliers = None
+        if scratch is not None:
+            outliers = Outliers(scratch.positions[:found].copy(), scratch.residuals[:found].copy())
+            self.density.add(x.numel(), found, most / size)
+        return Codes(codes, [p.scale for p in plans], [p.zero for p in plans], outliers, values)
+
+
+def samples(grid: Grid, batch: int) -> list[Grid]:
+    """The grid of each sample."""
+    return [grid.map(lambda p, b=b: p[b] if p.ndim and p.shape[0] == batch else p) for b in range(batch)]
