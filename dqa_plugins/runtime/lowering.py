@@ -9,6 +9,7 @@ Requirements this file meets:
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,7 @@ _LAYERS: dict[Any, str] = {
     aten.conv_transpose2d.input: "conv_transpose2d",
     aten.conv_transpose3d.input: "conv_transpose3d",
 }
+_RELU = (aten.relu.default, aten.relu_.default)
 _SHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.dropout.default)
 
 
@@ -101,7 +103,10 @@ class _Lowering:
         self.seen = values.seen
         for node in list(self.graph.nodes):
             if node.target is FAKE_QUANTIZE:
-                self._behind_shapes(node)
+                self._later(node)
+            elif node.target is aten.slice.Tensor and node.args[1:] == (0, 0, sys.maxsize):
+                node.replace_all_uses_with(node.args[0])  # Brevitas 0.13 takes all outputs of a weight
+                self.graph.erase_node(node)
         found: dict[Node, dict[Node, Int8Layer]] = {}
         for node in list(self.graph.nodes):
             if node.op == "call_function" and node.target in _LAYERS:
@@ -144,26 +149,34 @@ class _Lowering:
 
     # ------------------------------------------------------------ what can be lowered
 
-    def _behind_shapes(self, quantizer: Node) -> None:
-        """Quantize behind a reshape in front of linears, where the grid is one for the whole tensor or sample."""
+    def _later(self, quantizer: Node) -> None:
+        """Quantize behind an operation in front of layers, where that is the same: a reshape of a tensor with one grid
+        (in front of linears), a maximum of values that quantizing keeps in order (in front of convolutions)."""
         x, grid = self.seen[quantizer]
-        single = all(p.numel() == 1 or p.numel() == len(p) == len(x) for p in tree_leaves(_tensors(grid)))
+        tensors = _tensors(grid)
+        single = all(p.numel() == 1 or p.numel() == len(p) == len(x) for p in tensors)
+        source: Any = quantizer.args[0]
+        # thresholds below zero: the largest code may stand for more than what is kept right above it
+        ordered = grid.keep is None or (source.target in _RELU and not any(p.any() for p in (grid.keep[0],)))
         for user in list(quantizer.users):
-            readers = list(user.users)
-            if not single or user.target not in _SHAPES or user.args[0] is not quantizer:
+            pool = user.target is aten.max_pool2d.default and ordered
+            if not pool and not (user.target in _SHAPES and single):
                 continue
-            if not readers or any(r.target is not aten.linear.default or r.args[0] is not user for r in readers):
+            layer, rank = (aten.conv2d.default, 4) if pool else (aten.linear.default, 2)
+            value = user.meta["val"]
+            if not any(r.target is layer and r.args[0] is user for r in user.users) or value.ndim < rank:
                 continue
-            shape = user.meta["val"].shape
-            if len(shape) < 2 or str(shape[0]) != str(quantizer.meta["val"].shape[0]):
+            if str(value.shape[0]) != str(quantizer.meta["val"].shape[0]):
                 continue
             with self.graph.inserting_before(user):
-                moved = self.graph.call_function(user.target, (quantizer.args[0], *user.args[1:]), user.kwargs)
+                moved = self.graph.call_function(user.target, (source, *user.args[1:]), user.kwargs)
                 again = self.graph.call_function(FAKE_QUANTIZE, (moved, *quantizer.args[1:]))
             moved.meta, again.meta = dict(user.meta), dict(user.meta)
-            self.seen[again] = (x.reshape(len(x), *shape[1:]), grid)
+            self.seen[again] = (user.target(x, *user.args[1:]) if pool else x.reshape(len(x), *value.shape[1:]), grid)
             user.replace_all_uses_with(again)
             self.graph.erase_node(user)
+        if not quantizer.users:
+            self.graph.erase_node(quantizer)
 
     def _layer(self, node: Node) -> tuple[Int8Layer | None, str, str]:
         """The int8 layer of a node, the site in front of it, and why there is none."""
@@ -278,11 +291,10 @@ class _Lowering:
         _, grid = self.seen[quantizer]
         constant, first = self._is_constant(quantizer), next(iter(layers))
         x: Any = quantizer.args[0]
-        relu = x.target in (aten.relu.default, aten.relu_.default) and set(x.users) == {quantizer}
+        relu = x.target in _RELU and set(x.users) == {quantizer}
         relu = relu and (x.target is aten.relu.default or len(x.args[0].users) == 1)
-        terms = [x.args[0] if relu else x]
-        if relu and _is_sum(terms[0], x):
-            terms = list(terms[0].args)
+        total = x.args[0] if relu else x
+        terms = list(total.args) if relu and _is_sum(total, x) else [total]
         module = Int8Quantizer(
             str(quantizer.args[-1]),
             replace(grid, divisor=None) if constant else None,
@@ -301,17 +313,17 @@ class _Lowering:
             self.model.add_submodule(f"int8_layer_{number}_{index}", layer)
             with self.graph.inserting_before(node):
                 lowered = self.graph.call_module(f"int8_layer_{number}_{index}", (codes,))
+            lowered.meta = dict(node.meta)
             node.replace_all_uses_with(lowered)
             self.graph.erase_node(node)
         if quantizer.users:
             with self.graph.inserting_after(codes):
                 values = self.graph.call_function(getattr, (codes, "values"))
+            values.meta = dict(quantizer.meta)
             quantizer.replace_all_uses_with(values)
         self.graph.erase_node(quantizer)
-        if relu:
-            self.graph.erase_node(x)
-        if len(terms) == 2:
-            self.graph.erase_node(x.args[0])
+        for node in [x, total] if len(terms) == 2 else [x] if relu else []:
+            self.graph.erase_node(node)
 
 
 def _tensors(grid: Grid) -> list[Tensor]:
@@ -340,7 +352,9 @@ def _writes(user: Node, x: Node) -> bool:
     schema = getattr(user.target, "_schema", None)
     if schema is None:
         return False
-    return any(a.alias_info is not None and a.alias_info.is_write and v is x for a, v in zip(schema.arguments, user.args))  # noqa: B905
+    return any(
+        a.alias_info is not None and a.alias_info.is_write and v is x for a, v in zip(schema.arguments, user.args)
+    )  # noqa: B905
 
 
 def _geometry(node: Node, codes: Tensor) -> Any:

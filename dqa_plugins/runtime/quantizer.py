@@ -131,6 +131,8 @@ class Int8Quantizer(nn.Module):
             grid = self._constant_grid() if self.constant else grid
             if other is not None:
                 x = x + other
+            # grids of single values were laid out for a tensor of another rank where quantizing moved behind a reshape
+            grid = grid.map(lambda p: p.reshape(-1, *[1] * (x.ndim - 1)) if p.numel() in (1, len(p)) else p)
             values = grid.fake_quantize(x.relu() if self.relu else x)
             return Codes(None, [], [], None, values)
         return found
@@ -152,7 +154,12 @@ class Int8Quantizer(nn.Module):
         for b, plan in enumerate(plans):
             if isinstance(plan, str):
                 return None
-            a, c, q, y = source + 4 * b * size, second and second + 4 * b * size, to + b * size, kept and kept + 4 * b * size
+            a, c, q, y = (
+                source + 4 * b * size,
+                second and second + 4 * b * size,
+                to + b * size,
+                kept and kept + 4 * b * size,
+            )
             if plan.channels is None:
                 flag = int8.quantize(a, c, self.floor, *plan.tensor, q, y, size)
             else:
@@ -165,8 +172,9 @@ class Int8Quantizer(nn.Module):
                 bottom, top = plan.ends
                 if flag != 2:
                     bottom = (_NONE, bottom[1])
-                last, found = found, int8.outliers(
-                    a, c, self.floor, *plan.keep, bottom, top, q, y, size, b * size, *scratch, found
+                last, found = (
+                    found,
+                    int8.outliers(a, c, self.floor, *plan.keep, bottom, top, q, y, size, b * size, *scratch, found),
                 )
                 if found < 0:
                     return None
