@@ -1,4 +1,4 @@
-"""The passes around an int8 convolution: a tensor to uint8 codes with its outliers, and the outliers' share of an output.
+"""The passes around an int8 convolution: a tensor to bytes and outliers, and what outliers add to the output.
 
 Requirements this file meets:
 

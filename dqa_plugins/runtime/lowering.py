@@ -2,15 +2,16 @@
 
 Requirements this file meets:
 
-- It starts from `export.make_program`, where each quantizer and each weight is one node: models of all rooms look alike.
+- It starts from `export.make_program`, with one node for each quantizer and weight: models of all rooms look alike.
 - A layer that cannot be computed exactly stays as it is, and the report says why.
 - Outputs equal those of the converted model but for the order of float sums, and values within rounding of a tie.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from dqa_plugins.errors import UnsupportedInput
 from dqa_plugins.export.expand import parameter_name
+from dqa_plugins.export.frozen import FrozenQuantizer
 from dqa_plugins.export.program import as_inputs, make_program
 from dqa_plugins.grid import Grid
-from dqa_plugins.operators import DEQUANTIZE, FAKE_QUANTIZE, grid_of
+from dqa_plugins.operators import DEQUANTIZE, FAKE_QUANTIZE, MODULE, grid_of, modules_as_nodes
+from dqa_plugins.quantizer import ActivationQuantizer
 
 from .codes import byte_grid
 from .layers import Int8Conv2d, Int8Layer, Int8Linear
@@ -69,40 +72,53 @@ def lower(converted: nn.Module, example_inputs: Any, *, dynamic_batch: bool = Tr
     elsewhere = {str(t.device) for t in tensors if isinstance(t, Tensor) and t.device.type != "cpu"}
     if elsewhere:
         raise UnsupportedInput(f"lower() makes models for the CPU, this one is on {', '.join(sorted(elsewhere))}.")
-    program = make_program(converted, inputs, dynamic_batch=dynamic_batch)
+    with modules_as_nodes() as modules:
+        program = make_program(converted, inputs, dynamic_batch=dynamic_batch)
     model: Any = program.module()
-    return _Lowering(model).run(inputs)
+    return _Lowering(model, modules).run(inputs)
 
 
 class _Values(Interpreter):
-    """Keeps what goes into quantizers."""
+    """Keeps what goes into quantizers, and their grids."""
 
-    def __init__(self, model: GraphModule) -> None:
+    def __init__(self, model: GraphModule, modules: Mapping[str, Callable[..., Tensor]]) -> None:
         super().__init__(model)
+        self.modules = modules
         self.seen: dict[Node, tuple[Tensor, Grid]] = {}
 
     def run_node(self, n: Node) -> Any:
+        if n.target not in (FAKE_QUANTIZE, MODULE):
+            return super().run_node(n)
+        arguments = self.fetch_args_kwargs_from_env(n)[0]
         if n.target is FAKE_QUANTIZE:
-            x, *arguments, _ = self.fetch_args_kwargs_from_env(n)[0]
-            self.seen[n] = (x.detach(), grid_of(*arguments))
-        return super().run_node(n)
+            self.seen[n] = (arguments[0].detach(), grid_of(*arguments[1:-1]))
+            return super().run_node(n)
+        module = self.modules[arguments[1]]
+        if isinstance(module, FrozenQuantizer):
+            self.seen[n] = (arguments[0][0].detach(), module.original.grid(*arguments[0]))
+        return module(*arguments[0])
 
 
 class _Lowering:
-    """Rewrites the graph of an unlifted program."""
+    """Rewrites the graph of an unlifted program.
 
-    def __init__(self, model: GraphModule) -> None:
-        self.model, self.graph = model, model.graph
+    Args:
+        model: the program.
+        modules: of its module nodes: what depends on the sample.
+    """
+
+    def __init__(self, model: GraphModule, modules: Mapping[str, Callable[..., Tensor]]) -> None:
+        self.model, self.graph, self.modules = model, model.graph, modules
         self.seen: dict[Node, tuple[Tensor, Grid]] = {}
         self.layers: list[LayerReport] = []
 
     @torch.no_grad()
     def run(self, inputs: tuple[Any, ...]) -> GraphModule:
-        values = _Values(self.model)
+        values = _Values(self.model, self.modules)
         values.run(*inputs)
         self.seen = values.seen
         for node in list(self.graph.nodes):
-            if node.target is FAKE_QUANTIZE:
+            if node in self.seen:
                 self._later(node)
             elif node.target is aten.slice.Tensor and node.args[1:] == (0, 0, sys.maxsize):
                 node.replace_all_uses_with(node.args[0])  # Brevitas 0.13 takes all outputs of a weight
@@ -116,6 +132,9 @@ class _Lowering:
                     found.setdefault(node.args[0], {})[node] = layer
         for number, (quantizer, layers) in enumerate(found.items()):
             self._replace(quantizer, layers, number)
+        for node in list(self.graph.nodes):
+            if node.target is MODULE:
+                self._enter(node)
         for node in reversed(self.graph.nodes):
             if not node.users and (node.op == "get_attr" or node.target in (FAKE_QUANTIZE, DEQUANTIZE)):
                 self.graph.erase_node(node)
@@ -137,9 +156,25 @@ class _Lowering:
             found = getattr(found, part)
         return found if isinstance(found, Tensor) else None
 
-    def _is_constant(self, quantizer: Node) -> bool:
-        nodes = [a for a in tree_leaves(quantizer.args[1:]) if isinstance(a, Node)]
-        return all(node.op == "get_attr" for node in nodes)
+    def _varies(self, quantizer: Node) -> ActivationQuantizer | None:
+        """The quantizer of a node whose qparams depend on the sample."""
+        module = self.modules[quantizer.args[1]] if quantizer.target is MODULE else None  # type: ignore[index]
+        return module.original if isinstance(module, FrozenQuantizer) else None
+
+    def _site(self, quantizer: Node) -> str:
+        varying = self._varies(quantizer)
+        return str(quantizer.args[-1]) if varying is None else varying.name
+
+    def _enter(self, node: Node) -> None:
+        """A call of the module that a node stands for."""
+        key = str(node.args[1])
+        path = f"module_{list(self.modules).index(key)}"
+        self.model.add_submodule(path, self.modules[key])  # type: ignore[arg-type]
+        with self.graph.inserting_before(node):
+            called = self.graph.call_module(path, tuple(node.args[0]))  # type: ignore[arg-type]
+        called.meta = dict(node.meta)
+        node.replace_all_uses_with(called)
+        self.graph.erase_node(node)
 
     def _name(self, node: Node) -> str:
         weight: Any = node.args[1]
@@ -155,7 +190,9 @@ class _Lowering:
         x, grid = self.seen[quantizer]
         tensors = _tensors(grid)
         single = all(p.numel() == 1 or p.numel() == len(p) == len(x) for p in tensors)
-        source: Any = quantizer.args[0]
+        varies = self._varies(quantizer) is not None
+        inputs: Any = quantizer.args[0] if varies else [quantizer.args[0]]
+        source: Any = inputs[0]
         # thresholds below zero: the largest code may stand for more than what is kept right above it
         ordered = grid.keep is None or (source.target in _RELU and not any(p.any() for p in (grid.keep[0],)))
         for user in list(quantizer.users):
@@ -170,7 +207,11 @@ class _Lowering:
                 continue
             with self.graph.inserting_before(user):
                 moved = self.graph.call_function(user.target, (source, *user.args[1:]), user.kwargs)
-                again = self.graph.call_function(FAKE_QUANTIZE, (moved, *quantizer.args[1:]))
+                arguments: tuple[Any, ...] = (moved, *quantizer.args[1:])
+                if varies:
+                    _, key, *_ = quantizer.args
+                    arguments = ([moved, *inputs[1:]], key, [*value.shape[1:]], value.dtype)
+                again = self.graph.call_function(quantizer.target, arguments)
             moved.meta, again.meta = dict(user.meta), dict(user.meta)
             self.seen[again] = (user.target(x, *user.args[1:]) if pool else x.reshape(len(x), *value.shape[1:]), grid)
             user.replace_all_uses_with(again)
@@ -181,9 +222,9 @@ class _Lowering:
     def _layer(self, node: Node) -> tuple[Int8Layer | None, str, str]:
         """The int8 layer of a node, the site in front of it, and why there is none."""
         x = node.args[0]
-        if not isinstance(x, Node) or x.target is not FAKE_QUANTIZE:
+        if not isinstance(x, Node) or x not in self.seen:
             return None, "", "no quantizer in front of it"
-        site, kind = str(x.args[-1]), _LAYERS[node.target]
+        site, kind = self._site(x), _LAYERS[node.target]
         made = self._weight(node)
         if isinstance(made, str):
             return None, site, made
@@ -197,7 +238,7 @@ class _Lowering:
             return None, site, geometry
         if len(node.args) > 2 and node.args[2] is not None and bias is None:
             return None, site, "its bias is computed"
-        if value.dtype != torch.float32 or value.ndim != 4 and kind == "conv2d":
+        if value.dtype != torch.float32 or (value.ndim != 4 and kind == "conv2d"):
             return None, site, f"its input is {value.ndim}-dimensional {str(value.dtype).removeprefix('torch.')}"
         if any(_writes(user, x) for user in x.users):
             return None, site, "what it reads is changed in place"
@@ -205,7 +246,7 @@ class _Lowering:
         if reason:
             return None, site, reason
         bias = torch.zeros(len(codes)) if bias is None else bias.clone()
-        if grid.bias is not None and self._is_constant(x):  # B' = B - W N
+        if grid.bias is not None and self._varies(x) is None:  # B' = B - W N
             weight = codes.float() * scale.reshape(-1, *[1] * (codes.ndim - 1))
             noise = grid.bias.reshape(-1).expand(value.shape[1 if kind == "conv2d" else -1])
             parts = noise.reshape(geometry[-1] if geometry else 1, -1).repeat_interleave(
@@ -241,7 +282,7 @@ class _Lowering:
         """Why the grid of a quantizer does not fit a layer; "" if it does."""
         x, grid = self.seen[quantizer]
         conv = bool(geometry)
-        constant = self._is_constant(quantizer)
+        constant = self._varies(quantizer) is None
         for part in tree_leaves(_tensors(grid)):
             for axis in range(1, part.ndim):
                 if part.shape[axis] > 1 and axis != (1 if conv else x.ndim - 1):
@@ -260,7 +301,7 @@ class _Lowering:
     def _folds(self, quantizer: Node, node: Node) -> bool:
         """Whether steps of channels go into the weight: all readers are depthwise convolutions."""
         grid = self.seen[quantizer][1]
-        if grid.step.numel() == 1 or not self._is_constant(quantizer) or not isinstance(byte_grid(grid), str):
+        if grid.step.numel() == 1 or self._varies(quantizer) is not None or not isinstance(byte_grid(grid), str):
             return False
         return all(
             user.target is aten.conv2d.default and len(user.args) > 6 and user.args[6] == grid.step.numel()
@@ -289,15 +330,16 @@ class _Lowering:
     def _replace(self, quantizer: Node, layers: dict[Node, Int8Layer], number: int) -> None:
         """One Int8Quantizer in place of fake_quantize, and of a sum and a ReLU in front; its layers behind it."""
         _, grid = self.seen[quantizer]
-        constant, first = self._is_constant(quantizer), next(iter(layers))
-        x: Any = quantizer.args[0]
+        varying, first = self._varies(quantizer), next(iter(layers))
+        x: Any = quantizer.args[0] if varying is None else quantizer.args[0][0]  # type: ignore[index]
+        predicted: Any = () if varying is None else quantizer.args[0][1:]  # type: ignore[index]
         relu = x.target in _RELU and set(x.users) == {quantizer}
         relu = relu and (x.target is aten.relu.default or len(x.args[0].users) == 1)
         total = x.args[0] if relu else x
         terms = list(total.args) if relu and _is_sum(total, x) else [total]
         module = Int8Quantizer(
-            str(quantizer.args[-1]),
-            replace(grid, divisor=None) if constant else None,
+            self._site(quantizer),
+            grid if varying is None else copy.deepcopy(varying),
             channels_last=isinstance(layers[first], Int8Conv2d),
             folded=self._folds(quantizer, first),
             added=len(terms) == 2,
@@ -307,8 +349,7 @@ class _Lowering:
         path = f"int8_quantizer_{number}"
         self.model.add_submodule(path, module)
         with self.graph.inserting_before(quantizer):
-            arguments = () if constant else quantizer.args[1:-1]
-            codes = self.graph.call_module(path, (*terms, *arguments))
+            codes = self.graph.call_module(path, (*terms, *predicted))
         for index, (node, layer) in enumerate(layers.items()):
             self.model.add_submodule(f"int8_layer_{number}_{index}", layer)
             with self.graph.inserting_before(node):
@@ -352,9 +393,9 @@ def _writes(user: Node, x: Node) -> bool:
     schema = getattr(user.target, "_schema", None)
     if schema is None:
         return False
-    return any(
-        a.alias_info is not None and a.alias_info.is_write and v is x for a, v in zip(schema.arguments, user.args)
-    )  # noqa: B905
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    given = dict(zip([a.name for a in schema.arguments], user.args, strict=False), **user.kwargs)
+    return any(given.get(name) is x for name in written)
 
 
 def _geometry(node: Node, codes: Tensor) -> Any:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.grid import Grid
-from dqa_plugins.operators import grid_of
+from dqa_plugins.quantizer import ActivationQuantizer
 
-from .codes import ByteGrid, Codes, Outliers, byte_grid
+from .codes import ByteGrid, Codes, Outliers, byte_grid, sample_grid, samples
 
 MOST_OUTLIERS = 1 / 8  # share of the values beyond which a convolution in float is faster than the scatter
 _NONE = np.int32(-1)
@@ -58,11 +58,11 @@ class Density:
 
 
 class Int8Quantizer(nn.Module):
-    """Replaces fake_quantize, and a sum and a ReLU in front of it, where int8 layers read the result.
+    """Replaces a quantizer, and a sum and a ReLU in front of it, where int8 layers read the result.
 
     Args:
         site: name of the quantizer.
-        grid: of constants, laid out against x; None: given at each call (dynamic and predicted qparams).
+        source: its grid, of constants; or the quantizer itself, where qparams depend on the sample.
         channels_last: the layers are convolutions.
         folded: the steps of channels are in the weights of the layers.
         added, relu: forward computes relu(x + other) first.
@@ -74,7 +74,7 @@ class Int8Quantizer(nn.Module):
     def __init__(
         self,
         site: str,
-        grid: Grid | None,
+        source: Grid | ActivationQuantizer,
         *,
         channels_last: bool,
         folded: bool = False,
@@ -87,10 +87,10 @@ class Int8Quantizer(nn.Module):
         self.added, self.relu, self.values = added, relu, values
         self.floor = np.float32(0 if relu else -np.inf)
         self.density = Density()
+        self.quantizer = None if isinstance(source, Grid) else source
         self._integers: dict[str, int] = {}
-        self.constant = grid is not None
-        for field in fields(Grid) if grid is not None else ():
-            value = getattr(grid, field.name)
+        for field in fields(Grid) if isinstance(source, Grid) else ():
+            value = getattr(source, field.name)
             if isinstance(value, int):
                 self._integers[field.name] = value
             for part, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
@@ -110,43 +110,48 @@ class Int8Quantizer(nn.Module):
                 found[field.name] = tuple(parts) if field.name == "keep" else parts[0]
         return Grid(**found)
 
-    def forward(self, x: Tensor, *arguments: Any) -> Codes:
+    @torch.no_grad()
+    def forward(self, x: Tensor, *arguments: Tensor) -> Codes:
         """Quantize x, (B, ...) float32.
 
         Args:
-            arguments: the other summand if there is one; then, unless the grid is constant, those of
-                dqa_plugins::fake_quantize between x and the site.
+            arguments: the other summand if there is one; then the prediction, if qparams are predicted.
         """
-        other, arguments = (arguments[0], arguments[1:]) if self.added else (None, arguments)
-        if self.constant:
-            if self._plan is None:
-                self._plan = byte_grid(self._constant_grid(), folded=self.folded)
-            plans = [self._plan]
-        else:
-            grid = grid_of(*arguments)
-            plans = [byte_grid(sample, folded=self.folded) for sample in samples(grid, len(x))]
-        found = self._quantize(x, other, plans) if x.numel() else None
-        if found is None:
-            self.density.fall_back()
-            grid = self._constant_grid() if self.constant else grid
-            if other is not None:
-                x = x + other
-            # grids of single values were laid out for a tensor of another rank where quantizing moved behind a reshape
-            grid = grid.map(lambda p: p.reshape(-1, *[1] * (x.ndim - 1)) if p.numel() in (1, len(p)) else p)
-            values = grid.fake_quantize(x.relu() if self.relu else x)
-            return Codes(None, [], [], None, values)
-        return found
+        other, predicted = (arguments[0], arguments[1:]) if self.added else (None, arguments)
+        x = laid_out(x, self.channels_last)
+        if other is not None:
+            other = laid_out(other.expand(x.shape), self.channels_last)
+        found = None
+        if x.numel() and x.dtype == torch.float32:
+            if self.quantizer is None:
+                if self._plan is None:
+                    self._plan = byte_grid(self._constant_grid(), folded=self.folded)
+                found = self._quantize(x, other, [self._plan])
+            else:
+                grid = sample_grid(self.quantizer, x, other, self.floor, *predicted)
+                plans = [byte_grid(sample) for sample in samples(grid, len(x))]
+                found = self._quantize(x, other, plans)
+        return self._in_float(x, other, *predicted) if found is None else found
+
+    def _in_float(self, x: Tensor, other: Tensor | None, *predicted: Tensor) -> Codes:
+        """The exact fallback: layers compute on the fake-quantized tensor."""
+        self.density.fall_back()
+        x = x if other is None else x + other
+        x = x.relu() if self.relu else x
+        if self.quantizer is not None:
+            return Codes(None, [], [], None, self.quantizer.grid(x, *predicted).fake_quantize(x))
+        # grids of one value may be laid out for another rank: quantizing moved behind a reshape
+        grid = self._constant_grid().map(lambda p: p.reshape(()) if p.numel() == 1 else p)
+        return Codes(None, [], [], None, grid.fake_quantize(x))
 
     def _quantize(self, x: Tensor, other: Tensor | None, plans: list[ByteGrid | str]) -> Codes | None:
         """None: a value or a grid that no byte holds."""
         from dqa_plugins.kernels import int8
 
-        x = laid_out(x, self.channels_last)
         codes = torch.empty_like(x, dtype=torch.uint8)
         values = torch.empty_like(x) if self.values else None
         source, to, kept, second = x.data_ptr(), codes.data_ptr(), values.data_ptr() if values is not None else 0, 0
         if other is not None:
-            other = laid_out(other.expand(x.shape), self.channels_last)
             second = other.data_ptr()
         size = x.numel() // len(plans)
         found, most = 0, 0
@@ -154,12 +159,9 @@ class Int8Quantizer(nn.Module):
         for b, plan in enumerate(plans):
             if isinstance(plan, str):
                 return None
-            a, c, q, y = (
-                source + 4 * b * size,
-                second and second + 4 * b * size,
-                to + b * size,
-                kept and kept + 4 * b * size,
-            )
+            at = b * size
+            a, q = source + 4 * at, to + at
+            c, y = second and second + 4 * at, kept and kept + 4 * at
             if plan.channels is None:
                 flag = int8.quantize(a, c, self.floor, *plan.tensor, q, y, size)
             else:
@@ -172,10 +174,8 @@ class Int8Quantizer(nn.Module):
                 bottom, top = plan.ends
                 if flag != 2:
                     bottom = (_NONE, bottom[1])
-                last, found = (
-                    found,
-                    int8.outliers(a, c, self.floor, *plan.keep, bottom, top, q, y, size, b * size, *scratch, found),
-                )
+                last = found
+                found = int8.outliers(a, c, self.floor, *plan.keep, bottom, top, q, y, size, at, *scratch, found)
                 if found < 0:
                     return None
                 most = max(most, found - last)
@@ -184,8 +184,3 @@ class Int8Quantizer(nn.Module):
             outliers = Outliers(scratch.positions[:found].copy(), scratch.residuals[:found].copy())
             self.density.add(x.numel(), found, most / size)
         return Codes(codes, [p.scale for p in plans], [p.zero for p in plans], outliers, values)
-
-
-def samples(grid: Grid, batch: int) -> list[Grid]:
-    """The grid of each sample."""
-    return [grid.map(lambda p, b=b: p[b] if p.ndim and p.shape[0] == batch else p) for b in range(batch)]
