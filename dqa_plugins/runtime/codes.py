@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dqa_plugins.grid import Grid
-from dqa_plugins.quantizer import ActivationQuantizer
-from dqa_plugins.ranges import extents, qparams_of, valid
 
 Floats = NDArray[np.float32]
 
@@ -120,58 +117,3 @@ def byte_grid(grid: Grid, *, folded: bool = False) -> ByteGrid | str:
     low_end, high_end = ((np.int32(code + zero), code * step[0]) for code in (low[0], high[0]))
     one = (inverse[0], shift[0], low[0], high[0], zero, step[0])
     return ByteGrid(one, None, scale, zero, (keep[0][0], keep[1][0]), (low_end, high_end))
-
-
-def samples(grid: Grid, batch: int) -> list[Grid]:
-    """The grid of each sample."""
-    return [grid.map(lambda p, b=b: p[b] if p.ndim and p.shape[0] == batch else p) for b in range(batch)]
-
-
-def sample_grid(
-    quantizer: ActivationQuantizer,
-    x: Tensor,
-    other: Tensor | None,
-    floor: np.float32,
-    prediction: Tensor | None = None,
-) -> Grid:
-    """The grid that each sample of max(x + other, floor) is quantized with; its tensors are (B, 1), (B, C) or (C,).
-
-    Args:
-        quantizer: whose qparams are dynamic, or predicted: then from `prediction`, (B, S, 1). One for a tensor.
-        x, other: float32, in one memory format without gaps.
-    """
-    method = quantizer.method
-    wanted = method.statistic(quantizer.signed)
-    if prediction is not None:
-        found = prediction.unbind(1)
-    elif all(extent.level == 1 or extent.of == "zero" for extent in wanted):
-        found = _extremes(x, other, floor, [extent.of for extent in wanted])
-    else:
-        y = x if other is None else x + other
-        found = extents(y.clamp(min=float(floor)) if np.isfinite(floor) else y, method, quantizer.signed, 1)
-    if method.scope == "batch":
-        found = tuple(e.amax(0, keepdim=True) for e in found)
-    qparams = qparams_of(method, found, quantizer.signed, quantizer.clip_factor)
-    if prediction is not None:
-        qparams = valid(qparams)
-    if qparams.scale is None:
-        return method.grid(qparams, quantizer.signed, quantizer.vectors)
-    return quantizer.unit_grid.scaled(qparams.scale)
-
-
-def _extremes(x: Tensor, other: Tensor | None, floor: np.float32, wanted: list[str]) -> tuple[Tensor, ...]:
-    """The extents of level 1 of each sample, (B, 1)."""
-    from dqa_plugins.kernels.int8 import extremes
-
-    size = x.numel() // len(x)
-    first, second = x.data_ptr(), 0 if other is None else other.data_ptr()
-    found = [extremes(first + 4 * b * size, second and second + 4 * b * size, floor, size) for b in range(len(x))]
-    least, most = np.array(found, np.float32).T.reshape(2, -1, 1)
-    ends = {
-        "magnitude": np.maximum(-least, most),
-        "positive": np.maximum(most, 0),
-        "upper": most,
-        "lower": -least,
-        "zero": np.zeros_like(most),
-    }
-    return tuple(torch.from_numpy(ends[of].copy()) for of in wanted)

@@ -29,7 +29,8 @@ from dqa_plugins.quantizer import ActivationQuantizer
 
 from .codes import byte_grid
 from .layers import Int8Conv2d, Int8Layer, Int8Linear
-from .quantizer import Int8Quantizer, samples
+from .qparams import samples
+from .quantizer import Int8Quantizer
 from .report import META, LayerReport
 
 aten = torch.ops.aten

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dqa_plugins.grid import Grid
 from dqa_plugins.quantizer import ActivationQuantizer
 
-from .codes import ByteGrid, Codes, Outliers, byte_grid, sample_grid, samples
+from .codes import ByteGrid, Codes, Outliers, byte_grid
+from .qparams import SampleGrids
 
 MOST_OUTLIERS = 1 / 8  # share of the values beyond which a convolution in float is faster than the scatter
 _NONE = np.int32(-1)
@@ -97,10 +98,11 @@ class Int8Quantizer(nn.Module):
                 if isinstance(tensor, Tensor) and field.name not in ("exact_zero", "divisor"):
                     self.register_buffer(f"{field.name}_{part}", tensor.detach().clone())
         self._plan: ByteGrid | str | None = None
+        self._grids: SampleGrids | None = None
         self.register_load_state_dict_post_hook(Int8Quantizer._forget)
 
     def _forget(self, _: Any) -> None:
-        self._plan = None
+        self._plan = self._grids = None
 
     def _constant_grid(self) -> Grid:
         found: dict[str, Any] = dict(self._integers)
@@ -122,15 +124,15 @@ class Int8Quantizer(nn.Module):
         if other is not None:
             other = laid_out(other.expand(x.shape), self.channels_last)
         found = None
-        if x.numel() and x.dtype == torch.float32:
+        if x.numel() and x.dtype == torch.float32:  # else the fallback says what is wrong
             if self.quantizer is None:
                 if self._plan is None:
                     self._plan = byte_grid(self._constant_grid(), folded=self.folded)
                 found = self._quantize(x, other, [self._plan])
             else:
-                grid = sample_grid(self.quantizer, x, other, self.floor, *predicted)
-                plans = [byte_grid(sample) for sample in samples(grid, len(x))]
-                found = self._quantize(x, other, plans)
+                if self._grids is None:
+                    self._grids = SampleGrids(self.quantizer)
+                found = self._quantize(x, other, self._grids(x, other, self.floor, *predicted))
         return self._in_float(x, other, *predicted) if found is None else found
 
     def _in_float(self, x: Tensor, other: Tensor | None, *predicted: Tensor) -> Codes:
