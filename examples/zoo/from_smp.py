@@ -32,9 +32,7 @@ SHALLOW: dict[str, Any] = {"encoder_depth": 3, "decoder_channels": (64, 32, 16)}
 ENTRIES = {
     "smp_unet": _entry("Unet", **SHALLOW),
     "smp_unet_plus_plus": _entry("UnetPlusPlus", **SHALLOW),
-    "smp_manet": _entry("MAnet", **SHALLOW),
     "smp_linknet": _entry("Linknet", encoder_depth=3),
     "smp_fpn": _entry("FPN", decoder_pyramid_channels=32),
     "smp_pspnet": _entry("PSPNet", psp_out_channels=64),
-    "smp_deeplab_plus": _entry("DeepLabV3Plus", decoder_channels=32),
 }

@@ -73,12 +73,6 @@ def _fcn() -> nn.Module:
     return Part(network, _out)
 
 
-def _deeplab() -> nn.Module:
-    segmentation = models().segmentation
-    head = segmentation.deeplabv3.DeepLabHead(512, 8, atrous_rates=(2, 3, 4))
-    return Part(segmentation.DeepLabV3(_features({"layer4": "out"}), head), _out)
-
-
 def _lraspp() -> nn.Module:
     network = models().segmentation.lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=8)
     return Part(network, _out)
@@ -108,10 +102,6 @@ def _retina(channels: int) -> nn.Module:
     return models().detection.retinanet.RetinaNetHead(channels, 3, 5)
 
 
-def _fcos(channels: int) -> nn.Module:
-    return models().detection.fcos.FCOSHead(channels, 1, 5, num_convs=2)
-
-
 class _Ssd(nn.Module):
     """A VGG backbone and SSD's head on three of its levels."""
 
@@ -133,40 +123,29 @@ def _video(convolution: str) -> nn.Module:
     return resnet.VideoResNet(resnet.BasicBlock, [getattr(resnet, convolution)] * 4, [1, 1, 1, 1], stem, num_classes=10)
 
 
-def _inception(name: str) -> Callable[[], nn.Module]:
-    return plain(name, aux_logits=False, init_weights=False)
-
-
 def _entry(family: str, build: Callable[[], nn.Module], **options: Any) -> Entry:
     return Entry(family, "torchvision", build, **options)
 
 
 ENTRIES = {
-    "alexnet": _entry("cnn", plain("alexnet")),
     "resnet18": _entry("cnn", plain("resnet18")),
     "resnet_bottleneck": _entry("cnn", lambda: _resnet("Bottleneck")),
     "resnext": _entry("cnn", lambda: _resnet("Bottleneck", groups=8, width=8)),
     "densenet": _entry("cnn", _densenet),
-    "googlenet": _entry("cnn", _inception("googlenet")),
-    "inception_v3": _entry("cnn", _inception("inception_v3"), shape=(3, 80, 80), batch=2),
     "squeezenet": _entry("cnn", plain("squeezenet1_1")),
     "mobilenet_v2": _entry("cnn", plain("mobilenet_v2", width_mult=0.5)),
     "mobilenet_v3_small": _entry("cnn", plain("mobilenet_v3_small")),
-    "mnasnet": _entry("cnn", plain("mnasnet0_5")),
     "shufflenet_v2": _entry("cnn", plain("shufflenet_v2_x0_5")),
     "efficientnet_b0": _entry("cnn", plain("efficientnet_b0")),
-    "regnet_y": _entry("cnn", plain("regnet_y_400mf")),
     "convnext": _entry("cnn", _convnext),
     "tv_vit": _entry("vision transformer", _vit),
     "swin": _entry("vision transformer", lambda: _swin(1)),
     "swin_v2": _entry("vision transformer", lambda: _swin(2)),
     "maxvit": _entry("vision transformer", _maxvit),
     "fcn_resnet18": _entry("segmentation", _fcn),
-    "deeplabv3_resnet18": _entry("segmentation", _deeplab),
     "lraspp_mobilenet_v3": _entry("segmentation", _lraspp),
     "fpn_rpn_head": _entry("detection", lambda: _Detector(_rpn)),
     "retinanet_head": _entry("detection", lambda: _Detector(_retina)),
-    "fcos_head": _entry("detection", lambda: _Detector(_fcos)),
     "ssd_vgg11": _entry("detection", _Ssd),
     "r3d": _entry("video", lambda: _video("Conv3DSimple"), shape=(3, 6, 32, 32), batch=2),
     "r2plus1d": _entry("video", lambda: _video("Conv2Plus1D"), shape=(3, 6, 32, 32), batch=2),

@@ -98,7 +98,6 @@ def _whisper_encoder() -> nn.Module:
 ENTRIES = {
     "bert": _text(network("Bert", **ENCODER)),
     "distilbert": _text(network("DistilBert", vocab_size=WORDS, dim=64, n_layers=2, n_heads=4, hidden_dim=128)),
-    "roberta": _text(network("Roberta", **ENCODER)),
     "albert": _text(network("Albert", embedding_size=32, **ENCODER)),
     "t5_encoder": _text(network("T5", head="EncoderModel", **T5)),
     "t5": _text(network("T5", "decoder_input_ids", call={"use_cache": False}, **T5), inputs=2),
