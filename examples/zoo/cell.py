@@ -101,7 +101,7 @@ def measure(network: str, room: str, save: Callable[[Cell], None]) -> Cell:
     for bits, method in METHODS.items():
         with torch.no_grad(), step(f"{bits} bits"):
             started = time.process_time()
-            quantized[bits] = quantize_model(room)(model, method, batches)
+            quantized[bits] = quantize_model(room)(copy.deepcopy(model), method, batches)
             cell[f"seconds{bits}"] = round(time.process_time() - started, 2)
             cell[f"error{bits}"] = distance(quantized[bits](*test), expected)
     if 4 in quantized:

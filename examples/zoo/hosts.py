@@ -26,10 +26,12 @@ def for_room(model: nn.Module, room: str, example: tuple[Tensor, ...]) -> tuple[
 
     FX and Brevitas need a graph of torch.fx. Where torch.fx cannot trace a network (those of transformers test shapes
     in their forward), they get the graph that TorchDynamo makes of it: the same operations, with parameters read by
-    functions instead of modules.
+    functions instead of modules. PT2E gets an exported program's module, made once.
     """
-    if room not in ("fx", "brevitas"):
+    if room == "nncf":
         return model, "as it is"
+    if room == "pt2e":
+        return torch.export.export(model, example).module(), "torch.export"
     try:
         torch.fx.symbolic_trace(model)
         return model, "torch.fx"
@@ -67,7 +69,7 @@ def pt2e(model: nn.Module, batches: Batches) -> tuple[nn.Module, str]:
     from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    prepared = prepare_pt2e(torch.export.export(model, batches[0]).module(), quantizer)
+    prepared = prepare_pt2e(copy.deepcopy(model), quantizer)
     run(prepared, batches)
     return convert_pt2e(prepared), "XNNPACKQuantizer"
 

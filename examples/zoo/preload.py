@@ -7,6 +7,6 @@ from examples.zoo import cell  # noqa: F401
 from examples.zoo.entry import prepare_torchvision
 
 prepare_torchvision()
-for package in ("brevitas.nn", "nncf.torch", "onnxruntime", "onnxscript", "timm", "torchao", "transformers"):
+for package in ("onnxruntime", "onnxscript", "timm", "torchao", "transformers"):
     with contextlib.suppress(ImportError):  # a cell that needs it says so
         importlib.import_module(package)
