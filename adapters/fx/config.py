@@ -48,6 +48,16 @@ class _WeightRange(MinMaxObserver):
         return super().forward(x_orig)
 
 
+class _FloatWeight(PlaceholderObserver):
+    """Leaves a weight float. NoopObserver(qint8) and weight=None both fail in prepare_fx (torch 2.13).
+
+    The QAT modules of torch.ao construct it with factory_kwargs, which PlaceholderObserver does not take.
+    """
+
+    def __init__(self, factory_kwargs: Any = None) -> None:
+        super().__init__(dtype=torch.float32)
+
+
 def weight_constructor(weight_bits: int | None, weight_scheme: str, channel_axis: int = 0) -> Any:
     """What FX calls to observe a weight.
 
@@ -63,8 +73,7 @@ def weight_constructor(weight_bits: int | None, weight_scheme: str, channel_axis
     if weight_scheme not in WEIGHT_SCHEMES:
         raise InvalidMethod(f"weight_scheme={weight_scheme!r}: one of {', '.join(map(repr, WEIGHT_SCHEMES))}.")
     if weight_bits is None:
-        # NoopObserver(qint8) and weight=None both fail in prepare_fx (torch 2.13): a float32 placeholder passes
-        return PlaceholderObserver.with_args(dtype=torch.float32)
+        return _FloatWeight
     if not isinstance(weight_bits, int) or isinstance(weight_bits, bool) or not 2 <= weight_bits <= 8:
         raise InvalidMethod(
             f"weight_bits={weight_bits!r}: an integer from 2 to 8 (FX holds weights as qint8), or None for float."
