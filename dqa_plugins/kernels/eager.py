@@ -278,16 +278,17 @@ def extremes(x: Tensor, axis: int | None) -> Extremes:
     return Extremes(low, high, flags == 0, flags > 1)
 
 
-def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> Tensor:
+def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> Tensor | None:
     """Exact order statistics, without a sort.
 
     Args:
-        rows: (R, N) float32 without NaN; a row has no gaps, or is copied.
+        rows: (R, N) float32; a row has no gaps, or is copied.
         ranks: ascending from 0.
         magnitude: of |x|, not of x.
 
     Returns:
-        (R, ranks, 2) float32: the value at each rank and the next one (the last one if there is none).
+        (R, ranks, 2) float32: the value at each rank and the next one (the last one if there is none); None: a value
+        is NaN.
     """
     from .observe import select
 
@@ -295,8 +296,8 @@ def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> T
     count, size = rows.shape
     found = np.empty((count, len(ranks), 2), np.int32)
     mask = np.int32(0x7FFFFFFF if magnitude else -1)
-    _run(select, (flat(rows).view(np.int32), size, mask, np.array(ranks, np.int64), found), count, size)
-    return torch.from_numpy(found.view(np.float32))
+    nan = _run(select, (flat(rows).view(np.int32), size, mask, np.array(ranks, np.int64), found), count, size)
+    return None if any(nan) else torch.from_numpy(found.view(np.float32))
 
 
 def by_group(x: Tensor, axis: int | None) -> Tensor:

@@ -3,7 +3,8 @@
     python -m examples.benchmarks.fake_quantize --json
 
 A 32x64x56x56 float32 activation behind a ReLU, one thread, eager mode. All candidates take turns in one process, in
-shuffled order, on memory that the process has already; times are medians of CPU time of the thread (wall-clock for two threads). Fields, ratios all:
+shuffled order, on memory that the process has already; times are medians of CPU time of the thread (wall-clock for two
+threads). Fields, ratios all:
     vs_clone                          by method: time of a frozen quantizer's forward over that of x.clone(); <= 1.5
     speedup_vs_torch_ao_fake_quantize by method: torch.ao's FakeQuantize (per channel: DQA) over ours; >= 8
     time_vs_minmax_observer           by method: the statistic of calibration over torch.ao's MinMaxObserver; <= 2
