@@ -41,7 +41,7 @@ def quantiles(x: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
         one (...) tensor per level: v_lo + (v_hi - v_lo) * fraction, at position level * (N - 1).
     """
     if x.dtype is torch.float32 and eager.usable(x):
-        found = _selected(x.reshape(-1, x.shape[-1]), [Extent("upper", level) for level in levels])
+        found = selected(x.reshape(-1, x.shape[-1]), [Extent("upper", level) for level in levels])
         if found is not None:
             return tuple(value.reshape(x.shape[:-1]) for value in found)
     count = x.shape[-1]
@@ -131,7 +131,7 @@ def _by_kernel(
     for magnitude in (True, False):
         mine = [extent for extent in wanted if extent not in found and (extent.of == "magnitude") == magnitude]
         if mine:
-            values = _selected(eager.by_group(x, axis), mine)
+            values = selected(eager.by_group(x, axis), mine)
             if values is None:
                 return None
             found.update((e, v.reshape(len(x), -1)) for e, v in zip(mine, values, strict=True))
@@ -151,7 +151,7 @@ def _end(extent: Extent, ends: eager.Extremes) -> Tensor | None:
     return ends.high.clamp(min=0) if extent.of == "positive" else ends.high
 
 
-def _selected(rows: Tensor, wanted: Sequence[Extent]) -> tuple[Tensor, ...] | None:
+def selected(rows: Tensor, wanted: Sequence[Extent]) -> tuple[Tensor, ...] | None:
     """Extents of (R, N) float32 rows by the kernel, (R,) each: all of magnitudes, or none. None: a value is NaN."""
     positions = [min(max(extent.level, 0.0), 1.0) * (rows.shape[-1] - 1) for extent in wanted]
     ranks = tuple(math.floor(position) for position in positions)

@@ -31,13 +31,13 @@ _NARROW = (torch.float16, torch.bfloat16)
 Array = NDArray[Any]
 
 
-def usable(x: Tensor) -> bool:
-    """True where kernels may take the place of aten operations on x: float32, float16 or bfloat16, in eager mode."""
+def usable(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, *_NARROW)) -> bool:
+    """True where kernels may take the place of aten operations on x, a tensor of these dtypes, in eager mode."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN
         and x.is_cpu
-        and (x.dtype is torch.float32 or x.dtype in _NARROW)
+        and x.dtype in dtypes
         and x.layout is torch.strided
         and x.numel() > 0
         and not x.is_neg()
@@ -298,6 +298,24 @@ def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> T
     mask = np.int32(0x7FFFFFFF if magnitude else -1)
     nan = _run(select, (flat(rows).view(np.int32), size, mask, np.array(ranks, np.int64), found), count, size)
     return None if any(nan) else torch.from_numpy(found.view(np.float32))
+
+
+def sums(x: Tensor, axis: int | None, lower: Tensor, upper: Tensor) -> Tensor:
+    """Of each channel along `axis` of each sample of x, (B, ...); None: of each sample. In one pass.
+
+    Args:
+        lower, upper: (B, G) float32, G = 1 or the channels: the range that values are counted outside of.
+
+    Returns:
+        (B, C or 1, 4) float64: sum, sum of magnitudes, sum of squares, number of values outside.
+    """
+    from .predict import sums as kernel
+
+    y, rows = _dense(x, True, axis)
+    found = np.empty((x.shape[0], 1 if axis is None else x.shape[axis], 4))
+    ends = (np.ascontiguousarray(end.detach().numpy()) for end in (lower, upper))
+    _run(kernel, (flat(y), *ends, found, *rows[:4]), rows.samples, y.numel() // rows.samples)
+    return torch.from_numpy(found)
 
 
 def by_group(x: Tensor, axis: int | None) -> Tensor:

@@ -11,13 +11,24 @@ from torch import Tensor, nn
 
 from dqa_plugins.errors import DQAWarning, StateMismatch
 from dqa_plugins.grid import QParams
+from dqa_plugins.kernels import eager
 from dqa_plugins.method import Method
 from dqa_plugins.ranges import lay_out, qparams_of, resolved, valid
 from dqa_plugins.rounding import compute_dtype
 from dqa_plugins.source import Site
 from dqa_plugins.state import StateModule
 
-from .features import SCALE, SUMMARY_FEATURES, OwnStatistic, Summary, site_features, site_size, sum_of
+from .features import (
+    PAPER_FEATURES,
+    SCALE,
+    SLOPES,
+    SUMMARY_FEATURES,
+    OwnStatistic,
+    Summary,
+    site_features,
+    site_size,
+    sum_of,
+)
 from .radial import radial
 from .record import SampleRecord
 from .session import Session, current, not_run
@@ -94,6 +105,8 @@ class Predictor(StateModule):
         """
         earlier = [summary[:, :SUMMARY_FEATURES] for summary in summaries[:-1]]
         known = torch.cat([features, *earlier, *summaries[-1:]], 1)
+        if eager.usable(known, (torch.float64,)):
+            return self._by_kernel(known)
         # a sum, not a matrix product: its rounding would depend on the batch size
         linear = sum_of(known.unsqueeze(1) * self.weight.t()) + self.bias
         if self.centres.shape[0]:
@@ -105,6 +118,17 @@ class Predictor(StateModule):
             value = torch.where(self.logarithmic, linear.clamp(-80.0, 80.0).exp(), linear * scale)
         value = torch.minimum(torch.maximum(value, self.low), self.high)
         return value.unflatten(1, (-1, self.groups)).float()
+
+    def _by_kernel(self, known: Tensor) -> Tensor:
+        """The same in one loop: its sums add up in another order, which float32 does not see."""
+        from dqa_plugins.kernels.predict import regress
+
+        names = ("weight", "bias", "logarithmic", "low", "high", "rate", "centres", "bumps")
+        buffers = [self._buffers[name].numpy() for name in names]  # type: ignore[union-attr]
+        logarithms = PAPER_FEATURES + SLOPES if self.mode == "extended" else 0
+        out = torch.empty(len(known), buffers[1].size)
+        regress(known.detach().numpy(), *buffers, logarithms, SCALE if logarithms else 0, out.numpy())
+        return out.unflatten(1, (-1, self.groups))
 
     def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> tuple[Tensor, ...]:
         """See `QParamsSource`; without a prediction, made from what the running session holds."""
