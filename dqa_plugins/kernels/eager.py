@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -196,18 +195,18 @@ def table_of(x: Tensor, parameters: tuple[Tensor | float | None, ...]) -> Table 
     return Table(values, axes.pop() if axes else 0, keeps or zero is not None or bias is not None, keeps)
 
 
-def derive(unit: Table, axis: int, extents: Sequence[Tensor], steps: float, *, ranged: bool, predicted: bool) -> Table:
+def derive(unit: Table, axis: int, extents: Tensor, steps: float, *, ranged: bool, predicted: bool) -> Table:
     """The table of samples with these extents, as `ranges.qparams_of` and `Method.grid` have it.
 
     Args:
         unit: the Grid of scale 1; where `ranged`, a Grid of any range.
         axis: of the C channels, not negative.
-        extents: (B, G) float32 each, see `tables.derive` for the rest.
+        extents: (B, S, G) float32, see `tables.derive` for the rest.
     """
     from .tables import derive as kernel
 
-    known = np.stack([extent.detach().numpy() for extent in extents])
-    out = np.empty((len(unit.values), known.shape[1], max(known.shape[2], unit.values.shape[2])), np.float32)
+    known = np.ascontiguousarray(extents.detach().numpy())
+    out = np.empty((len(unit.values), len(known), max(known.shape[2], unit.values.shape[2])), np.float32)
     kernel(unit.values, known, np.float32(steps), ranged, unit.keeps, predicted, out)
     return Table(out, axis, unit.full, unit.keeps)
 
