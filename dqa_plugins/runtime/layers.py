@@ -106,6 +106,7 @@ class Int8Layer(nn.Module):
             self.register_buffer(key, value.detach().clone().contiguous())
         self._packed: dict[Any, Any] = {}
         self._lock = threading.Lock()
+        self.register_load_state_dict_post_hook(Int8Layer._forget)
 
     def __getstate__(self) -> dict[str, Any]:
         """What oneDNN packed is neither copied nor saved."""
@@ -116,13 +117,14 @@ class Int8Layer(nn.Module):
         self._lock = threading.Lock()
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """A form of the weight, made when it is first needed and again when the weight was loaded anew."""
-        version = (self.weight.data_ptr(), self.weight._version, self.scale.data_ptr(), self.scale._version)
-        found = self._packed.get(key)
-        if found is None or found[0] != version:
+        """A form of the weight, made when it is first needed, and again after load_state_dict."""
+        if key not in self._packed:
             with self._lock:
-                found = self._packed[key] = (version, make())
-        return found[1]
+                self._packed[key] = make()
+        return self._packed[key]
+
+    def _forget(self, _: Any) -> None:
+        self._packed = {}
 
     def _float_weight(self) -> Tensor:
         shape = [-1] + [1] * (self.weight.ndim - 1)
