@@ -28,7 +28,7 @@ from dqa_plugins.operators import DEQUANTIZE, FAKE_QUANTIZE, MODULE, grid_of, mo
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .codes import byte_grid
-from .layers import Int8Conv2d, Int8Layer, Int8Linear
+from .layers import Int8Conv2d, Int8Layer, Int8Linear, engine
 from .qparams import samples
 from .quantizer import Int8Quantizer
 from .report import META, LayerReport
@@ -128,9 +128,16 @@ class _Lowering:
         for node in list(self.graph.nodes):
             if node.op == "call_function" and node.target in _LAYERS:
                 layer, site, reason = self._layer(node)
+                others = found.get(node.args[0], {}).values()
+                if layer is not None and any(type(other) is not type(layer) for other in others):
+                    layer, reason = None, "its quantizer feeds int8 layers in another memory format"
                 self.layers.append(LayerReport(self._name(node), _LAYERS[node.target], site, reason))
                 if layer is not None:
                     found.setdefault(node.args[0], {})[node] = layer
+        if found:  # the others by the same pass, in the same memory format
+            for node in self.graph.nodes:
+                if node in self.seen and node not in found and self._passes(node):
+                    found[node] = {}
         for number, (quantizer, layers) in enumerate(found.items()):
             self._replace(quantizer, layers, number)
         for node in list(self.graph.nodes):
@@ -254,13 +261,16 @@ class _Lowering:
                 len(codes) // (geometry[-1] if geometry else 1), 0
             )
             bias -= (weight.flatten(2).sum(-1) if weight.ndim > 2 else weight).mul(parts).sum(1)
-        if self._folds(x, node):
+        if self._folds(x):
             scale = scale * grid.step.reshape(-1).repeat_interleave(len(codes) // grid.step.numel())
         name = self._name(node)
         scale, bias = self._with_batch_norm(node, scale, bias)
         if kind == "linear":
             return Int8Linear(codes, scale, bias, name), site, ""
-        return Int8Conv2d(codes, scale, bias, name, *geometry), site, ""
+        layer = Int8Conv2d(codes, scale, bias, name, *geometry)
+        if engine() == "onednn" and not all(layer.computed_right(value.shape, zero) for zero in (0, 1)):
+            return None, site, "oneDNN computes this geometry wrongly"
+        return layer, site, ""
 
     def _weight(self, node: Node) -> tuple[Tensor, Tensor] | str:
         """Codes (int8) and scale (O,) of a layer's weight, or why it has none."""
@@ -294,12 +304,20 @@ class _Lowering:
         if noise and conv and any(geometry[1]):
             return "zero padding: the noise of its quantizer folds into the bias of layers without"
         for sample in samples(grid, len(x)):
-            found = byte_grid(sample, folded=self._folds(quantizer, node))
+            found = byte_grid(sample, folded=self._folds(quantizer))
             if isinstance(found, str):
                 return found
         return ""
 
-    def _folds(self, quantizer: Node, node: Node) -> bool:
+    def _passes(self, quantizer: Node) -> bool:
+        """Whether the pass can make what readers in float want."""
+        x, grid = self.seen[quantizer]
+        axes = {axis for p in _tensors(grid) for axis in range(1, p.ndim) if p.shape[axis] > 1}
+        if x.dtype != torch.float32 or axes - {1 if x.ndim == 4 else x.ndim - 1}:
+            return False
+        return not any(isinstance(byte_grid(sample), str) for sample in samples(grid, len(x)))
+
+    def _folds(self, quantizer: Node) -> bool:
         """Whether steps of channels go into the weight: all readers are depthwise convolutions."""
         grid = self.seen[quantizer][1]
         if grid.step.numel() == 1 or self._varies(quantizer) is not None or not isinstance(byte_grid(grid), str):
@@ -330,8 +348,8 @@ class _Lowering:
 
     def _replace(self, quantizer: Node, layers: dict[Node, Int8Layer], number: int) -> None:
         """One Int8Quantizer in place of fake_quantize, and of a sum and a ReLU in front; its layers behind it."""
-        _, grid = self.seen[quantizer]
-        varying, first = self._varies(quantizer), next(iter(layers))
+        value, grid = self.seen[quantizer]
+        varying = self._varies(quantizer)
         x: Any = quantizer.args[0] if varying is None else quantizer.args[0][0]  # type: ignore[index]
         predicted: Any = () if varying is None else quantizer.args[0][1:]  # type: ignore[index]
         relu = x.target in _RELU and set(x.users) == {quantizer}
@@ -341,8 +359,8 @@ class _Lowering:
         module = Int8Quantizer(
             self._site(quantizer),
             grid if varying is None else copy.deepcopy(varying),
-            channels_last=isinstance(layers[first], Int8Conv2d),
-            folded=self._folds(quantizer, first),
+            channels_last=value.ndim == 4 and not any(isinstance(v, Int8Linear) for v in layers.values()),
+            folded=bool(layers) and self._folds(quantizer),
             added=len(terms) == 2,
             relu=relu,
             values=len(layers) < len(quantizer.users),

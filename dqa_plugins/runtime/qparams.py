@@ -46,7 +46,7 @@ def range_plan(lower: np.float32, upper: np.float32, top: np.float32, keep: bool
 
 def scale_plan(unit: ByteGrid, scale: np.float32) -> ByteGrid | str:
     """The grid of a scale from that of scale 1, as `Grid.scaled`."""
-    inverse, shift, low, high, zero, step = unit.tensor
+    _, shift, low, high, zero, step = unit.tensor
     step = step * scale
     if not 0 <= step < np.inf or (step > 0 and not np.isfinite(_ONE / step)):
         return "its grid is not finite"

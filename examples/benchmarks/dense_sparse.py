@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from brevitas.graph.calibrate import calibration_mode
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ def layers(rounds: int) -> dict[str, list[float]]:
     plain = by_sample(Direct(bits=8, qparams="dynamic"))
     sparse = by_sample(DenseSparse(bits=8, qparams=QPP(mode="paper")))
     plain.relu = sparse.relu = True
-    plain.floor = sparse.floor = plain.floor * 0
+    plain.floor = sparse.floor = np.float32(0)
     ends: list[list[Tensor]] = []
     for x in inputs:
         ends.append([])
