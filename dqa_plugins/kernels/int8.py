@@ -160,13 +160,13 @@ def _at(typing_context: Any, address: Any, kind: Any) -> Any:
 
 
 @njit(inline="always")
-def _tensor_pass(x, other, floor, inverse, shift, low, high, zero, step, codes, values):  # type: ignore[no-untyped-def]
+def _tensor_pass(x, other, floor, lower, inverse, shift, low, high, zero, step, codes, values):  # type: ignore[no-untyped-def]
     seen = below = np.int32(0)
     for i in range(_u(x.size)):
         v = x[i] if other is None else np.float32(x[i] + other[i])
         v = floor if floor > v else v
+        below = np.int32(below | float_bits(np.float32(v - lower)))  # the sign
         v = np.float32(np.float32(v + shift) * inverse)
-        below = np.int32(below | float_bits(np.float32(v - low)))  # the sign
         v = high if high < v else v  # a NaN fails both comparisons and stays
         v = low if low > v else v
         r = np.float32(v + _MAGIC)
@@ -178,13 +178,14 @@ def _tensor_pass(x, other, floor, inverse, shift, low, high, zero, step, codes, 
 
 
 @njit(cache=True, nogil=True)
-def quantize(x, other, floor, inverse, shift, low, high, zero, step, codes, values, size):  # type: ignore[no-untyped-def]
+def quantize(x, other, floor, lower, inverse, shift, low, high, zero, step, codes, values, size):  # type: ignore[no-untyped-def]
     """Codes, and values, of a tensor with one grid.
 
     Args:
         x: address of `size` float32.
         other: likewise, added to x first; 0: nothing is.
         floor: smaller sums become this (0: a ReLU; minus infinity: none).
+        lower: a threshold, unit of x.
         inverse: 1 / step.
         shift: added before rounding, unit of x (the bias of a grid).
         low, high: smallest and largest code less the zero point.
@@ -194,17 +195,17 @@ def quantize(x, other, floor, inverse, shift, low, high, zero, step, codes, valu
         values: address of as many float32, the fake-quantized tensor; 0: not wanted.
 
     Returns:
-        1 if there is a NaN; else 2 if a value may be below the smallest code; else 0.
+        1 if there is a NaN; else 2 if a value is below `lower`; else 0.
     """
     a, q = carray(_at(x, np.float32), size), carray(_at(codes, np.uint8), size)
     b, y = carray(_at(other, np.float32), size), carray(_at(values, np.float32), size)
     if other == 0 and values == 0:
-        return _tensor_pass(a, None, floor, inverse, shift, low, high, zero, step, q, None)
+        return _tensor_pass(a, None, floor, lower, inverse, shift, low, high, zero, step, q, None)
     if other == 0:
-        return _tensor_pass(a, None, floor, inverse, shift, low, high, zero, step, q, y)
+        return _tensor_pass(a, None, floor, lower, inverse, shift, low, high, zero, step, q, y)
     if values == 0:
-        return _tensor_pass(a, b, floor, inverse, shift, low, high, zero, step, q, None)
-    return _tensor_pass(a, b, floor, inverse, shift, low, high, zero, step, q, y)
+        return _tensor_pass(a, b, floor, lower, inverse, shift, low, high, zero, step, q, None)
+    return _tensor_pass(a, b, floor, lower, inverse, shift, low, high, zero, step, q, y)
 
 
 @njit(cache=True, nogil=True)

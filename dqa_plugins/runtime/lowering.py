@@ -204,7 +204,8 @@ class _Lowering:
         # thresholds below zero: the largest code may stand for more than what is kept right above it
         ordered = grid.keep is None or (source.target in _RELU and not any(p.any() for p in (grid.keep[0],)))
         for user in list(quantizer.users):
-            pool = user.target is aten.max_pool2d.default and ordered
+            # dynamic qparams are those of the tensor in front
+            pool = user.target is aten.max_pool2d.default and ordered and (not varies or len(inputs) > 1)
             if not pool and not (user.target in _SHAPES and single):
                 continue
             layer, rank = (aten.conv2d.default, 4) if pool else (aten.linear.default, 2)

@@ -39,8 +39,10 @@ def range_plan(lower: np.float32, upper: np.float32, top: np.float32, keep: bool
     if step == 0 and (lower != 0 or not keep):
         return "its range is empty"
     inverse, byte = _ONE / step if step > 0 else np.float32(1e30), np.int32(zero)
-    ends = ((np.int32(0), -zero * step), (np.int32(top), (top - zero) * step)) if keep else None
     one = (inverse, _ZERO, -zero, top - zero, byte, step)
+    if not keep:
+        return ByteGrid(one, None, float(step), byte)
+    ends = ((np.int32(0), -zero * step), (np.int32(top), (top - zero) * step))
     return ByteGrid(one, None, float(step), byte, (lower, upper), ends)
 
 
@@ -94,9 +96,7 @@ class SampleGrids:
                 if isinstance(ours, str) and isinstance(theirs, str):
                     continue
                 return False
-            same = (
-                ours.scale == theirs.scale and ours.ends == theirs.ends and (not self.keep or ours.keep == theirs.keep)
-            )
+            same = (ours.scale, ours.keep, ours.ends) == (theirs.scale, theirs.keep, theirs.ends)
             if ours.channels is None:
                 same = same and theirs.channels is None and ours.tensor == theirs.tensor
             else:

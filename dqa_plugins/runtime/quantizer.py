@@ -165,7 +165,7 @@ class Int8Quantizer(nn.Module):
             a, q = source + 4 * at, to + at
             c, y = second and second + 4 * at, kept and kept + 4 * at
             if plan.channels is None:
-                flag = int8.quantize(a, c, self.floor, *plan.tensor, q, y, size)
+                flag = int8.quantize(a, c, self.floor, plan.keep[0], *plan.tensor, q, y, size)
             else:
                 flag = int8.quantize_channels(a, c, self.floor, plan.channels, plan.zero, q, y, size)
             if flag == 1:
@@ -178,7 +178,7 @@ class Int8Quantizer(nn.Module):
                     bottom = (_NONE, bottom[1])
                 last = found
                 found = int8.outliers(a, c, self.floor, *plan.keep, bottom, top, q, y, size, at, *scratch, found)
-                if found < 0:
+                if not 0 <= found <= max(int8.BLOCK, x.numel() * MOST_OUTLIERS):
                     return None
                 most = max(most, found - last)
         outliers = None

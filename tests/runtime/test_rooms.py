@@ -48,8 +48,8 @@ def test_outputs_are_those_of_the_converted_model(room: str, source: str, name: 
     assert len(report.layers) == 5
     reasons = [layer.reason for layer in report.layers if not layer.lowered]
     if name != "NoisyQuant":
-        assert len(reasons) <= 1, reasons  # mean pooling may have no quantizer behind it
-        assert set(reasons) <= {"no quantizer in front of it"}
+        assert len(reasons) <= 2, reasons  # mean pooling may have no quantizer behind it
+        assert set(reasons) <= {"no quantizer in front of it"}  # or dynamic ones in front of max pooling
     elif source == "dynamic":
         assert all("depends on the sample" in reason or "no quantizer" in reason for reason in reasons)
     assert all(site.fallbacks == 0 for site in report.sites), str(report)
