@@ -229,7 +229,7 @@ class Int8Linear(Int8Layer):
         rows = np.empty((out.numel() // outputs, 3), np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2] = 0, 1, np.arange(len(rows)) * outputs
         column, steps = np.array([[0, 1, 0]]), (0, 0, 0, 0, channels, outputs)
-        scatter(out.data_ptr(), out.numel(), weight, scale, *q.outliers, channels, 1, rows, column, steps)  # type: ignore[misc]
+        scatter(out.data_ptr(), out.numel(), weight, scale, *q.outliers, channels, 1, rows, column, steps)  # type: ignore[call-arg, misc]
 
 
 class Int8Conv2d(Int8Layer):
@@ -285,4 +285,4 @@ class Int8Conv2d(Int8Layer):
         rows, down, row = _rows(batch, height, tall, kh, geometry[0], (kw * own, wide * outputs))
         columns, right, column = _taps(width, wide, kw, geometry[1], (own, outputs))
         steps = (down, right, row, column, channels // self.groups, own)
-        scatter(out.data_ptr(), out.numel(), weight, scale, *q.outliers, channels, width, rows, columns, steps)  # type: ignore[misc]
+        scatter(out.data_ptr(), out.numel(), weight, scale, *q.outliers, channels, width, rows, columns, steps)  # type: ignore[call-arg, misc]

@@ -25,7 +25,11 @@ _TINY, _SHARE = np.float32(1e-30), np.float32(1e-6)
 
 def samples(grid: Grid, batch: int) -> list[Grid]:
     """The grid of each sample."""
-    return [grid.map(lambda p, b=b: p[b] if p.ndim and p.shape[0] == batch else p) for b in range(batch)]
+
+    def one(b: int) -> Grid:
+        return grid.map(lambda p: p[b] if p.ndim and p.shape[0] == batch else p)
+
+    return [one(b) for b in range(batch)]
 
 
 def range_plan(lower: np.float32, upper: np.float32, top: np.float32, keep: bool) -> ByteGrid | str:

@@ -158,14 +158,17 @@ class Int8Quantizer(nn.Module):
         size = x.numel() // len(plans)
         found, most = 0, 0
         scratch: Outliers | None = None
+        scales, zeros = [], []
         for b, plan in enumerate(plans):
             if isinstance(plan, str):
                 return None
+            scales.append(plan.scale)
+            zeros.append(plan.zero)
             at = b * size
             a, q = source + 4 * at, to + at
             c, y = second and second + 4 * at, kept and kept + 4 * at
             if plan.channels is None:
-                flag = int8.quantize(a, c, self.floor, plan.keep[0], *plan.tensor, q, y, size)
+                flag = int8.quantize(a, c, self.floor, plan.keep[0], *plan.tensor, q, y, size)  # type: ignore[call-arg]
             else:
                 flag = int8.quantize_channels(a, c, self.floor, plan.channels, plan.zero, q, y, size)
             if flag == 1:
@@ -185,4 +188,4 @@ class Int8Quantizer(nn.Module):
         if scratch is not None:
             outliers = Outliers(scratch.positions[:found].copy(), scratch.residuals[:found].copy())
             self.density.add(x.numel(), found, most / size)
-        return Codes(codes, [p.scale for p in plans], [p.zero for p in plans], outliers, values)
+        return Codes(codes, scales, zeros, outliers, values)

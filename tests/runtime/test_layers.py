@@ -59,7 +59,7 @@ def geometries(draw: Any) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(geometries(), st.floats(0, 0.1), st.booleans(), st.sampled_from(["onednn", "float"]), st.integers(0, 999))
 def test_convolutions_of_any_geometry(
     shape: dict[str, Any], density: float, signed: bool, kind: str, seed: int
