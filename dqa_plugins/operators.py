@@ -61,7 +61,7 @@ def grid_of(
     return Grid(step, first, last, zero_point, bias, tuple(keep) if keep else None, None, divisor)  # type: ignore[arg-type]
 
 
-def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
+def plain_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
     """(codes - zero_point) * scale.
 
     Args:
@@ -77,7 +77,7 @@ def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | No
 
 
 fake_quantize_operator: Any = torch.library.custom_op("dqa_plugins::fake_quantize", _fake_quantize, mutates_args=())
-dequantize_operator: Any = torch.library.custom_op("dqa_plugins::dequantize", _dequantize, mutates_args=())
+dequantize_operator: Any = torch.library.custom_op("dqa_plugins::dequantize", plain_dequantize, mutates_args=())
 
 
 @fake_quantize_operator.register_fake
@@ -109,7 +109,7 @@ def fake_quantize(x: Tensor, grid: Grid, site: str) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
-    """A weight from its codes, see `_dequantize`, as one operator."""
+    """A weight from its codes, see `plain_dequantize`, as one operator."""
     found: Tensor = DEQUANTIZE(codes, scale, zero_point, axis, dtype)
     return found
 

@@ -123,6 +123,12 @@ def unique(name: str, taken: set[str], numbered: str = "{}#{}") -> str:
     return found
 
 
+def sites(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantizers of a model by the names that they have in its program."""
+    taken: set[str] = set()
+    return {unique(m.name or "quantizer", taken): m for m in model.modules() if isinstance(m, ActivationQuantizer)}
+
+
 def _buffer(kind: Kind, field: str, part: int) -> str:
     return f"{field}_{part}_{kind[0]}_{str(kind[1]).removeprefix('torch.')}"
 
@@ -157,12 +163,7 @@ def freeze_for_export(model: nn.Module, inputs: Sequence[object]) -> nn.Module:
     finally:
         for hook in hooks:
             hook.remove()
-    frozen: dict[nn.Module, FrozenQuantizer] = {}
-    taken: set[str] = set()
-    for quantizer, seen in kinds.items():
-        if isinstance(quantizer, ActivationQuantizer):
-            site = unique(quantizer.name or "quantizer", taken)
-            frozen[quantizer] = FrozenQuantizer(quantizer, seen, site)
+    frozen: dict[nn.Module, nn.Module] = {q: FrozenQuantizer(q, kinds[q], site) for site, q in sites(model).items()}
     if isinstance(model, ActivationQuantizer):
         return frozen[model]
     for path, module in list(model.named_modules(remove_duplicate=False)):
