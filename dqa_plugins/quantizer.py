@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .calibration import rows_to_keep
 from .errors import (
@@ -34,6 +35,7 @@ from .method import Method
 from .parameters import QuantizerParameters
 from .ranges import statistic
 from .resolve import kept_values, next_layer_weight, static_qparams
+from .scripted import ScriptedQuantizer
 
 LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and backends reach
 
@@ -178,6 +180,9 @@ class ActivationQuantizer(QuantizerParameters):
             NonFiniteInput, UnsupportedInput, ChannelMismatch, ChannelAxisError, UncalibratedQuantizer: each names
                 the layer.
         """
+        if isinstance(x, Proxy):  # torch.fx traces: a call of this module
+            calls = () if prediction is None else (prediction,)
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *calls), {})
         self._check_tensor(x)
         if prediction is not None and self.predictor is None:
             raise UnsupportedCombination(f"{self.label} takes no prediction: its qparams are {self.method.qparams!r}.")
@@ -194,6 +199,21 @@ class ActivationQuantizer(QuantizerParameters):
             else:
                 self._require_data("was run in eval mode")
         return self.fake_quantize(x, prediction)
+
+    def __prepare_scriptable__(self) -> ScriptedQuantizer:
+        """What torch.jit.script puts in its place, in the model that it is given too: script a copy.
+
+        Raises:
+            UnsupportedCombination: it is not frozen, or its qparams are not static.
+        """
+        if self._state != "frozen" or self.method.qparams != "static":
+            raise UnsupportedCombination(
+                f"{self.label}: torch.jit.script takes frozen quantizers with static qparams; this one is in state "
+                f"{self._state!r} with qparams={self.method.qparams!r}. Convert the model first, or use torch.export."
+            )
+        rank = max(2, self.channel_axis + 1)
+        grids = [self.grid(self.scale.new_empty([1] * rank, dtype=d)) for d in (torch.float32, torch.float64)]
+        return ScriptedQuantizer(grids[0], grids[1], self.channel_axis)
 
     def fake_quantize(self, x: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Quantize and dequantize x, (B, ...), with the decided parameters; in the dtype of x."""

@@ -11,7 +11,7 @@ from brevitas.graph.calibrate import calibration_mode
 from torch import nn
 from torch.fx import GraphModule
 
-from dqa_plugins.host.quantize import example_of, run_calibration, split_methods
+from dqa_plugins.host.quantize import example_of, require_float, run_calibration, split_methods
 from dqa_plugins.methods import Method
 
 from .fields import require_supported
@@ -47,6 +47,7 @@ def quantize_model(
         UnsupportedInput: torch.fx cannot trace the model.
         NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
     """
+    require_float(model, "quantize_model")
     items, example = example_of(calibration, inputs, example_inputs)
     everywhere, named = split_methods(method)
     for wanted in (everywhere, *named.values()):

@@ -9,7 +9,7 @@ eval, never calibrated       UncalibratedQuantizer
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from brevitas import config
@@ -19,6 +19,7 @@ from brevitas.nn.quant_layer import QuantNonLinearActLayer, QuantWeightBiasInput
 from brevitas.proxy import ActQuantProxyFromInjector
 from brevitas.quant_tensor import IntQuantTensor, QuantTensor
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from dqa_plugins.errors import ChannelMismatch, ExportFailed, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.quantizer import ActivationQuantizer
@@ -258,7 +259,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
             return self.quantizer(y)  # a lean one, put here by dqa_plugins.export: plain tensors only
         self._check_started(y)
         y = self.quantizer(y)
-        if self.skip_create_quant_tensor or not self._wanted():
+        if self.skip_create_quant_tensor or isinstance(y, Proxy) or not self._wanted():
             return y
         grid = common_grid(self.quantizer)
         return IntQuantTensor(y, grid.scale, grid.zero_point, grid.bit_width, grid.signed, self.training)
@@ -303,6 +304,16 @@ class PluginActProxy(ActQuantProxyFromInjector):
         return UncalibratedQuantizer(
             f"{self.quantizer.label} was run without {'a complete ' if cut else ''}{event}. Run calibration batches "
             "through the model inside brevitas.graph.calibrate.calibration_mode, or train it."
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script.
+
+        Raises:
+            UnsupportedCombination: always; stock layers fail there too.
+        """
+        raise UnsupportedCombination(
+            f"{self.quantizer.label}: torch.jit.script takes no layers of Brevitas; use torch.export."
         )
 
     # ------------------------------------------------------------ state_dict

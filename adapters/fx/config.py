@@ -23,17 +23,32 @@ from dqa_plugins.prediction import QPP
 from .observer import FXObserver
 
 WEIGHT_SCHEMES = ("channel", "qpp")
+SKIP = "skip:"  # in front of a name among those of modules: one of `skip`
 
 
 class PluginQConfigMapping(QConfigMapping):
     """A QConfigMapping that also knows which layers to leave float, by position or by name.
 
-    Everything of QConfigMapping works on it: set_module_name, set_object_type, set_module_name_regex, ...
+    Everything of QConfigMapping works on it: set_module_name, set_object_type, set_module_name_regex, ... What to skip
+    is kept among the names of modules, so that `QConfigMapping.from_dict(mapping.to_dict())` skips the same.
     """
 
     def __init__(self, skip: Iterable[str] = ()) -> None:
         super().__init__()
-        self.skip = check_skip(skip)
+        for name in check_skip(skip):
+            self.set_module_name(SKIP + name, None)
+
+
+def skipped(mapping: QConfigMapping) -> tuple[str, ...]:
+    """The entries of `skip` in a mapping."""
+    return tuple(name.removeprefix(SKIP) for name in mapping.module_name_qconfigs if name.startswith(SKIP))
+
+
+class _FloatWeight(PlaceholderObserver):
+    """Observes nothing; QAT's layers give an observer of weights a keyword that a placeholder does not take."""
+
+    def __init__(self, factory_kwargs: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
 
 
 class _WeightRange(MinMaxObserver):
@@ -64,7 +79,7 @@ def weight_constructor(weight_bits: int | None, weight_scheme: str, channel_axis
         raise InvalidMethod(f"weight_scheme={weight_scheme!r}: one of {', '.join(map(repr, WEIGHT_SCHEMES))}.")
     if weight_bits is None:
         # NoopObserver(qint8) and weight=None both fail in prepare_fx (torch 2.13): a float32 placeholder passes
-        return PlaceholderObserver.with_args(dtype=torch.float32)
+        return _FloatWeight.with_args(dtype=torch.float32)
     if not isinstance(weight_bits, int) or isinstance(weight_bits, bool) or not 2 <= weight_bits <= 8:
         raise InvalidMethod(
             f"weight_bits={weight_bits!r}: an integer from 2 to 8 (FX holds weights as qint8), or None for float."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,16 +21,16 @@ from nncf.torch.function_hook.statistics.aggregator import PT2StatisticsAggregat
 from torch import nn
 
 from dqa_plugins.errors import DQAWarning, InvalidMethod, UncalibratedQuantizer, UnsupportedInput
-from dqa_plugins.host.quantize import as_call, example_of, split_methods
+from dqa_plugins.host.quantize import as_call, example_of, require_float, split_methods
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp import link
-from dqa_plugins.sites import iter_quantizers
+from dqa_plugins.report.placement import PlacementReport, report_of
 
 from .algorithm import ActivationQuantization, Plan
 from .config import Weights, check, parse
 from .describe import describe
 from .names import record_calls
-from .place import float_operations
+from .place import float_operations, place
 from .samples import FirstSamples, tensors_of
 from .scopes import ignored_operations
 
@@ -108,6 +109,18 @@ def quantize_model(
     return _run(plan, weights, ignored, wrapper, items, weights is not None, outputs=True)
 
 
+def placement(model: nn.Module, dataset: nncf.Dataset, config: Any) -> PlacementReport:
+    """What `quantize` would place, without calibrating: the same arguments and errors."""
+    entry = parse(config)
+    _, items = _samples(model, dataset, entry.num_samples)
+    wrapper = _wrap(model, items)
+    calls, graph = record_calls(wrapper), wrapper.get_graph()
+    ignored = ignored_operations(entry, graph, wrapper.model, calls.enclosing)
+    described = describe(graph, wrapper.model, calls)
+    found = place(described, entry.method, entry.overrides, ignored, quantize_outputs=entry.quantize_outputs)
+    return report_of([found.summary()])
+
+
 class _Once:
     """An iterable of which NNCF may ask for the length."""
 
@@ -127,14 +140,12 @@ def _as_item(item: Any, inputs: Callable[[Any], Any] | None = None) -> Any:
 def _samples(model: Any, dataset: Any, limit: int | None) -> tuple[FirstSamples, nncf.Dataset]:
     if not isinstance(model, nn.Module):
         raise UnsupportedInput(f"quantize takes a torch.nn.Module; got a {type(model).__name__}.")
-    placed = [name for name, _ in iter_quantizers(model)]
-    if placed:
-        raise UnsupportedInput(f"quantize takes a float model; this one is quantized already ({placed[0]!r}, ...).")
+    require_float(model, "quantize")
     if not isinstance(dataset, nncf.Dataset):
         raise UnsupportedInput(
             f"quantize takes an nncf.Dataset; got a {type(dataset).__name__}: wrap it, nncf.Dataset(...)."
         )
-    samples = FirstSamples(dataset, limit)
+    samples = FirstSamples(dataset, limit, inspect.signature(model.forward).parameters)
     return samples, nncf.Dataset(samples)
 
 

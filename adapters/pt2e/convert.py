@@ -56,13 +56,16 @@ def quantize_model(
 
 
 def _exported(model: nn.Module, example: Any) -> GraphModule:
-    positional, keywords = as_call(example)
+    positional, given = as_call(example)
+    # export counts inputs in the order in which they are given, the other rooms in that of the parameters
+    order = [name for name in inspect.signature(model.forward).parameters if name in given]
+    keywords = {name: given[name] for name in [*order, *(name for name in given if name not in order)]}
     tensors = [x for x in (*positional, *keywords.values()) if isinstance(x, Tensor)]
     if all(x.ndim and x.shape[0] > 1 for x in tensors):
         names = [*itertools.islice(inspect.signature(model.forward).parameters, len(positional)), *keywords]
-        given = (*positional, *keywords.values())
+        values = (*positional, *keywords.values())
         shapes = {
-            n: {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) else None for n, x in zip(names, given, strict=True)
+            n: {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) else None for n, x in zip(names, values, strict=True)
         }
         return torch.export.export(model, positional, keywords, dynamic_shapes=shapes).module()
     return torch.export.export(model, positional, keywords).module()

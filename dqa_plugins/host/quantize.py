@@ -12,10 +12,25 @@ from torch import Tensor, nn
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedInput
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.methods import Method, check_method
+from dqa_plugins.sites import iter_quantizers
 
 from .skip import within
 
 Inputs = Callable[[Any], Any] | None
+
+
+def require_float(model: nn.Module, caller: str) -> None:
+    """Refuse a model whose activations are quantized already: each would be quantized twice.
+
+    Raises:
+        UnsupportedInput: a quantizer is frozen.
+    """
+    placed = [name for name, quantizer in iter_quantizers(model) if quantizer.state == "frozen"]
+    if placed:
+        raise UnsupportedInput(
+            f"{caller} takes a float model; this one is quantized already ({placed[0]!r}, ...). Give it the float "
+            "model, and all methods at once, by layer or site."
+        )
 
 
 def as_call(item: Any, inputs: Inputs = None) -> tuple[tuple[Any, ...], dict[str, Any]]:

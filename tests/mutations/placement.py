@@ -141,7 +141,7 @@ add("every reader gets a quantizer of its own", "place.py", "if site.group not i
 add("all read quantized values", "place.py", "users = [user for user in users if user in reading]", "pass")
 add("QAT does not train", "place.py", 'if qat and observer.quantizer.state == "observe":', "if False:")
 add("order of execution is lost", "place.py", "        quantizer.index = index\n", "        pass\n")
-add("settings that match nothing are silent", "place.py", "    if placement.unmatched:", "    if False:")
+add("settings that match nothing are silent", "place.py", "        warn_idle(summary)\n", "        pass\n")
 add(
     "plain convert_fx goes its own way",
     "hooks.py",
@@ -169,10 +169,10 @@ add("integers are floating", "place.py", "_sizes(tensor), tensor.is_floating_poi
 add(
     "torchao's observer switch is ignored",
     "observer.py",
-    "observing = self.observer_enabled[0] == 1",
-    "observing = True",
+    "bool(self.observer_enabled[0] == 1) and ",
+    "",
 )
-add("torchao's fake-quant switch is ignored", "observer.py", "if self.fake_quant_enabled[0] == 1:", "if True:")
+add("torchao's fake-quant switch is ignored", "observer.py", "bool(self.fake_quant_enabled[0] == 1)", "True")
 add(
     "channel axis 1 everywhere",
     "observer.py",

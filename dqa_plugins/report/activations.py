@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import run_batches
-from .errors import UncalibratedQuantizer, UnsupportedCombination
-from .grid import Grid
-from .quantizer import ActivationQuantizer
-from .sites import iter_quantizers
+from dqa_plugins.batches import run_batches
+from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.grid import Grid
+from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.sites import iter_quantizers
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""A frozen quantizer with static qparams as a module that torch.jit.script takes."""
+
+import torch
+from torch import Tensor, nn
+
+from .grid import Grid
+from .rounding import nonzero
+
+_FIELDS = ("step", "low", "high", "zero_point", "bias")
+
+
+def _table(grid: Grid) -> Tensor:
+    """The grid's numbers as rows of a (8, C or 1) tensor: step, divisor, low, high, zero point, bias, keep."""
+    step, low, high, zero, bias = (getattr(grid, name) for name in _FIELDS)
+    rows = [step, nonzero(step), low, high, zero, bias, *(grid.keep or (None, None))]
+    laid = [torch.as_tensor(0 if row is None else row, dtype=step.dtype, device=step.device) for row in rows]
+    return torch.stack(torch.broadcast_tensors(*(row.reshape(-1) for row in laid)))
+
+
+class ScriptedQuantizer(nn.Module):
+    """`Grid.fake_quantize` of a fixed grid, in what TorchScript has; the same values, without gradient.
+
+    Args:
+        single, double: the grid for tensors computed in float32 and in float64; () or (C,) each.
+        axis: of the channels.
+    """
+
+    table32: Tensor
+    table64: Tensor
+
+    def __init__(self, single: Grid, double: Grid, axis: int) -> None:
+        super().__init__()
+        self.register_buffer("table32", _table(single))
+        self.register_buffer("table64", _table(double))
+        self.axis = axis
+        self.shifted, self.biased, self.keeps = (p is not None for p in (single.zero_point, single.bias, single.keep))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize x, (B, ...)."""
+        if x.dim() == 1:
+            return self.quantize(x.unsqueeze(1)).squeeze(1)
+        return self.quantize(x)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Fake-quantize x, (B, ...), of two axes or more."""
+        table = self.table64 if x.dtype == torch.float64 else self.table32
+        shape = [8] + [1] * x.dim()
+        if table.size(1) > 1:
+            axis = self.axis + x.dim() if self.axis < 0 else self.axis
+            shape[axis + 1] = table.size(1)
+        grid = table.view(shape)
+        y = x.to(table.dtype)
+        shifted = y + grid[5] if self.biased else y
+        codes = torch.round(shifted / grid[1])
+        if self.shifted:
+            codes = codes + grid[4]
+        codes = torch.minimum(torch.maximum(codes, grid[2]), grid[3])
+        if self.shifted:
+            codes = codes - grid[4]
+        values = codes * grid[0]
+        if self.biased:
+            values = values - grid[5]
+        # a value that the dtype cannot hold becomes the largest that it can
+        if x.dtype == torch.float16:
+            values = values.clamp(-65504.0, 65504.0)
+        elif x.dtype == torch.bfloat16:
+            values = values.clamp(-3.3895313892515355e38, 3.3895313892515355e38)
+        values = values.to(x.dtype)
+        if self.keeps:
+            values = torch.where((y < grid[6]) | (y > grid[7]), x, values)
+        return values
