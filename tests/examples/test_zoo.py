@@ -1,4 +1,4 @@
-"""The zoo: cells resume, a cell that is stopped keeps what it knows, the page says what misses; a few cells for real."""
+"""The zoo: cells resume, one that is stopped keeps what it knows, the page says what misses; a few cells for real."""
 
 from __future__ import annotations
 
