@@ -136,9 +136,9 @@ STOCK: dict[str, Callable[[LanguageModel, list[Tensor]], nn.Module]] = {
 
 
 def jobs() -> list[tuple[str, str, int]]:
-    """(host, method, bits) of every cell, the cheap ones first."""
+    """(host, method, bits) of every cell, 8 bits first."""
     stock = [(host, "int8 of the host", 8) for host in STOCK]
-    ours = [(host, method.__name__, bits) for host in HOSTS for bits in BITS for method in METHODS]
+    ours = [(host, method.__name__, bits) for bits in BITS for host in HOSTS for method in METHODS]
     return [("", "float", 32), *stock, *ours]
 
 
