@@ -6,7 +6,7 @@ imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -53,6 +53,9 @@ class QParamsSource(Protocol):
     def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
         """The parameters of x, (B, ...), in its compute dtype, laid out to broadcast against it."""
 
+    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Sequence[Tensor] | None:
+        """What the qparams of each sample are made of, (B, G) each (`ranges.qparams_of`); None: they are static."""
+
     def observe(self, site: Site, x: Tensor, statistic: Tensor) -> bool:
         """Learn from a calibration batch.
 
@@ -75,6 +78,10 @@ class Static:
         axis = site.channel_axis
         return site.static.map(lambda p: lay_out(like(p, x).reshape(-1), x, axis, per_sample=False))
 
+    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Sequence[Tensor] | None:
+        """None: qparams are not made for a sample."""
+        return None
+
     def observe(self, site: Site, x: Tensor, statistic: Tensor) -> bool:
         """Nothing beyond the record."""
         return True
@@ -86,12 +93,14 @@ class Static:
 class Dynamic(Static):
     """Qparams of each sample's own tensor."""
 
-    def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
+    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Sequence[Tensor]:
         """(B, G), or (1, G) for scope="batch"."""
         found = extents(x, site.method, site.signed, site.channel_axis)
-        if site.method.scope == "batch":
-            found = tuple(e.amax(0, keepdim=True) for e in found)
-        qparams = qparams_of(site.method, found, site.signed, site.clip_factor)
+        return [e.amax(0, keepdim=True) for e in found] if site.method.scope == "batch" else found
+
+    def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
+        """Of `extents`."""
+        qparams = qparams_of(site.method, self.extents(site, x, prediction), site.signed, site.clip_factor)
         return qparams.map(lambda p: lay_out(p, x, site.channel_axis, per_sample=True))
 
 

@@ -21,7 +21,7 @@ from nncf.torch.function_hook.statistics.aggregator import PT2StatisticsAggregat
 from torch import nn
 
 from dqa_plugins.errors import DQAWarning, InvalidMethod, UncalibratedQuantizer, UnsupportedInput
-from dqa_plugins.host.quantize import as_call, example_of, require_float, split_methods
+from dqa_plugins.host.quantize import calibration_calls, require_float, split_methods
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp import link
 from dqa_plugins.report.placement import PlacementReport, report_of
@@ -81,10 +81,10 @@ def quantize_model(
         model: float; it is not changed.
         method: for every layer, or {site or module: method or None}; what the mapping does not name stays float,
             unless it names "", which stands for all.
-        calibration: items: a tensor is the one input, a tuple or list the positional inputs, a dict keyword inputs.
+        calibration: what a DataLoader yields (see `dqa_plugins.batches`); targets are left out.
         example_inputs: for NNCF's graph; None: the first item.
         weight_bits: 8; None leaves weights float.
-        inputs: a function item -> inputs, for items that hold more.
+        inputs: a function item -> inputs, where those are not clear.
 
     Raises:
         NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
@@ -95,13 +95,13 @@ def quantize_model(
             f"weight_bits={weight_bits!r}: NNCF's post-training quantization takes 8-bit weights, or None for float; "
             "for others use the FX adapter."
         )
-    calibration, example = example_of(calibration, inputs, example_inputs)
+    calls, example = calibration_calls(model, calibration, inputs, example_inputs)
     everywhere, named = split_methods(method)
     for wanted in (everywhere, *named.values()):
         if wanted is not None:
             check(wanted, "quantize_model")
-    samples, items = _samples(model, nncf.Dataset(_Once(calibration), lambda item: _as_item(item, inputs)), None)
-    wrapper = _wrap(model, example=_as_item(example))
+    samples, items = _samples(model, nncf.Dataset(_Once(calls), lambda call: call.inputs), None)
+    wrapper = _wrap(model, example=example.inputs)
     samples.inputs = len(tuple(tensors_of(wrapper.example_input)))
     ignored = float_operations(describe(wrapper.get_graph(), wrapper.model, record_calls(wrapper)), everywhere, named)
     weights = None if weight_bits is None else Weights()
@@ -129,12 +129,6 @@ class _Once:
 
     def __iter__(self) -> Any:
         return iter(self.items)
-
-
-def _as_item(item: Any, inputs: Callable[[Any], Any] | None = None) -> Any:
-    """A calibration item as NNCF takes it: keyword inputs as a dict, positional ones as a tuple."""
-    positional, keywords = as_call(item, inputs)
-    return keywords or positional
 
 
 def _samples(model: Any, dataset: Any, limit: int | None) -> tuple[FirstSamples, nncf.Dataset]:

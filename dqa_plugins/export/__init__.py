@@ -2,7 +2,7 @@
 
 from .compare import compare_backends
 from .onnx import to_onnx
-from .openvino import to_openvino
+from .openvino import exact_divisions, to_openvino
 from .parity import BackendParity, NetworkParity, QuantizerParity
 from .program import make_program, to_exported_program
 from .runners import onnxruntime_session
@@ -12,6 +12,7 @@ __all__ = [
     "NetworkParity",
     "QuantizerParity",
     "compare_backends",
+    "exact_divisions",
     "make_program",
     "onnxruntime_session",
     "to_exported_program",

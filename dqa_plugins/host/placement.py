@@ -183,7 +183,7 @@ class _Judgement:
         """Quantize a value for one reader, unless it is; of a value that was only moved, what it was before."""
         chain = [(value, reader)]
         while (mover := value.producer) is not None and mover.kind == "moves" and mover.inputs:
-            if self.reached(value, chain[-1][1]) or self.method_of(mover) is None:
+            if self.reached(value, chain[-1][1]):
                 break
             value = mover.inputs[0]
             chain.append((value, mover))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.method import Method
+from dqa_plugins.operators import as_node
 from dqa_plugins.ranges import extents, grouped, lay_out, quantiles
 from dqa_plugins.rounding import cast, compute_dtype
 
@@ -60,6 +61,11 @@ def site_features(x: Tensor, mode: str) -> Tensor:
     Returns:
         (B, 5) or (B, 20) float64.
     """
+    found = as_node(SiteFeatures(mode), (x,), (site_size(mode),), torch.float64)
+    return _site_features(x, mode) if found is None else found
+
+
+def _site_features(x: Tensor, mode: str) -> Tensor:
     values = cast(x, compute_dtype(x.dtype))
     if mode == "paper":
         return torch.stack(_summary(values.flatten(1)), 1)
@@ -156,7 +162,10 @@ class OwnStatistic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) to (B, S, G), extents."""
-        return torch.stack(extents(x, self.method, self.signed, self.axis), 1).float()
+        groups = x.shape[self.axis] if self.method.granularity == "channel" else 1
+        sides = len(self.method.statistic(self.signed))
+        found = as_node(self, (x,), (sides, groups), torch.float32)
+        return found if found is not None else torch.stack(extents(x, self.method, self.signed, self.axis), 1).float()
 
 
 class Summary(nn.Module):
@@ -180,6 +189,10 @@ class Summary(nn.Module):
         Returns:
             (B, 2 + 2 * min(C, 64)) float64.
         """
+        channels = 2 * min(x.shape[self.axis], MOST_CHANNELS)
+        found = as_node(self, (x, prediction), (SUMMARY_FEATURES + channels,), torch.float64)
+        if found is not None:
+            return found
         flat = x.flatten(1)
         count = flat.shape[1]
         share = (outside(x, prediction, self.axis) + 1.0) / count

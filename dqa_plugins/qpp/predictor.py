@@ -107,10 +107,15 @@ class Predictor(StateModule):
         value = torch.minimum(torch.maximum(value, self.low), self.high)
         return value.unflatten(1, (-1, self.groups)).float()
 
-    def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
+    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> tuple[Tensor, ...]:
         """See `QParamsSource`; without a prediction, made from what the running session holds."""
-        found = (self.predict(site, x) if prediction is None else prediction).to(compute_dtype(x.dtype))
-        qparams = valid(qparams_of(site.method, found.unbind(1), site.signed, site.clip_factor))
+        found = self.predict(site, x) if prediction is None else prediction
+        return found.to(compute_dtype(x.dtype)).unbind(1)
+
+    def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
+        """See `QParamsSource`; of `extents`."""
+        found = self.extents(site, x, prediction)
+        qparams = valid(qparams_of(site.method, found, site.signed, site.clip_factor))
         return qparams.map(lambda p: lay_out(p, x, site.channel_axis, per_sample=True))
 
     def observe(self, site: Site, x: Tensor, statistic: Tensor) -> bool:

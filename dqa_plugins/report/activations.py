@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins.batches import run_batches
+from dqa_plugins.batches import Pick, run_batches
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.grid import Grid
 from dqa_plugins.quantizer import ActivationQuantizer
@@ -91,17 +91,18 @@ def kept_share(grid: Grid, x: Tensor) -> float:
 
 
 @torch.no_grad()
-def activation_report(model: nn.Module, batches: Iterable[Any]) -> ActivationReport:
+def activation_report(model: nn.Module, batches: Iterable[Any], *, inputs: Pick = None) -> ActivationReport:
     """Run a converted model and measure what each quantized activation costs and loses.
 
     Args:
         model: converted by any adapter.
-        batches: of inputs, a tensor, a tuple or a dict of them each.
+        batches: what a DataLoader yields, see `batches`.
+        inputs: a function batch -> inputs, where that is not clear.
 
     Raises:
         UncalibratedQuantizer: a quantizer is not frozen, or there are no batches.
         UnsupportedCombination: the model has no quantizers.
-        UnsupportedInput: a single batch was given.
+        UnsupportedInput: a single batch was given, or one that does not fit the model.
     """
     names = {}
     for name, quantizer in iter_quantizers(model):
@@ -127,7 +128,7 @@ def activation_report(model: nn.Module, batches: Iterable[Any]) -> ActivationRep
     densities: dict[ActivationQuantizer, float] = {}
     hooks = [quantizer.register_forward_hook(note) for quantizer in names]
     try:
-        run_batches(model, batches, "activation_report")
+        run_batches(model, batches, "activation_report", inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -12,11 +12,10 @@ from dqa_plugins.graph.operations import QUANTIZED, facts
 from dqa_plugins.host.placement import NO_METHOD
 from dqa_plugins.host.sites import Summary, summaries
 from dqa_plugins.host.skip import within
-from dqa_plugins.methods import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.sites import iter_quantizers
 
-from .tables import Table
+from .tables import Table, described
 
 UNPLACED = "no quantizer was put behind it"
 BY_HAND = "nothing is known of the network around it: the quantizer was put there by name or by hand"
@@ -125,13 +124,6 @@ def _without_quantizer(model: nn.Module, quantizers: dict[str, ActivationQuantiz
                 yield name, UNPLACED
 
 
-def _short(method: Method) -> str:
-    """A method with its bits and the fields that are no defaults."""
-    given = [(field, getattr(method, field.name)) for field in fields(method)]
-    shown = [f"{f.name}={value!r}" for f, value in given if f.name == "bits" or value != f.default]
-    return f"{type(method).__name__}({', '.join(shown)})"
-
-
 def report_of(placements: list[Summary], quantizers: dict[str, ActivationQuantizer] | None = None) -> PlacementReport:
     """The report of placements, and of the quantizers that stand for them now.
 
@@ -156,7 +148,7 @@ def report_of(placements: list[Summary], quantizers: dict[str, ActivationQuantiz
             rows.append(
                 PlacementRow(
                     site.name,
-                    _short(method),
+                    described(method),
                     site.channel_axis if method.channel_axis is None else method.channel_axis,
                     "the method's channel_axis" if given else site.axis_reason,
                     given or site.axis_told,
@@ -168,7 +160,9 @@ def report_of(placements: list[Summary], quantizers: dict[str, ActivationQuantiz
     for name, quantizer in (quantizers or {}).items():
         if name not in named:
             method, axis = quantizer.method, quantizer.channel_axis
-            rows.append(PlacementRow(name, _short(method), axis, BY_HAND, method.channel_axis is not None, "", (), ""))
+            rows.append(
+                PlacementRow(name, described(method), axis, BY_HAND, method.channel_axis is not None, "", (), "")
+            )
     placed = {row.site for row in rows}  # by a second quantizer of the host, which left other layers out
     left = tuple((name, reason) for name, reason in floats.items() if reason != NO_METHOD or name not in placed)
     return PlacementReport(tuple(rows), left, tuple(unmatched.items()))

@@ -1,10 +1,13 @@
-"""Tables as plain text, and as rich prints them."""
+"""Tables as plain text, as rich prints them, and as HTML; methods in few words."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from dqa_plugins.methods import Method
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,16 @@ class Table:
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table
+
+    def to_html(self) -> str:
+        """A table element, as notebooks show it."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.columns)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows)
+        return f"<table><caption>{html.escape(self.title)}</caption><tr>{head}</tr>{body}</table>"
+
+
+def described(method: Method) -> str:
+    """A method with its bits and the fields that are no defaults."""
+    given = [(field, getattr(method, field.name)) for field in fields(method)]
+    shown = [f"{f.name}={value!r}" for f, value in given if f.name == "bits" or value != f.default]
+    return f"{type(method).__name__}({', '.join(shown)})"

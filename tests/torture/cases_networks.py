@@ -1,4 +1,4 @@
-"""Small networks that nobody would write, through FX and PT2E.
+"""Small networks that nobody would write, through every room.
 
 With codes of 16 bits and float weights a converted network computes what the float one computes: an in-place write
 that is lost, an alias, two layers with one name or a wrong edge shows at once.
@@ -212,6 +212,14 @@ def near(found: Any, expected: Any, what: str) -> None:
         assert worst < 0.01, f"{what}: {worst:.1%} off"
 
 
+def nncf_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """What NNCF sees of a network. (Its own quantizers compile C++ at first use, which takes minutes.)"""
+    from nncf.torch.function_hook import wrap_model
+    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
+
+    return GraphModelWrapper(wrap_model(model), inputs).get_graph()
+
+
 def stock_takes(program: Program) -> bool:
     """Whether the host's own quantization takes the network: what it refuses is not for us to mend."""
     try:
@@ -222,6 +230,10 @@ def stock_takes(program: Program) -> bool:
             prepared = prepare_fx(build(program), get_default_qconfig_mapping(), batch(program))
             prepared(*batch(program))
             convert_fx(prepared)(*batch(program))
+        elif program.room == "brevitas":
+            torch.fx.symbolic_trace(build(program))(*batch(program))
+        elif program.room == "nncf":
+            nncf_graph(build(program), batch(program))
         else:
             torch.export.export(build(program), batch(program)).module()(*batch(program))
         return True
@@ -231,6 +243,8 @@ def stock_takes(program: Program) -> bool:
 
 @case_class("networks", programs(("fx",)), names=(), share=4)
 @case_class("networks in PT2E", programs(("pt2e",)), names=(), needs=("torchao",), slow=True)
+@case_class("networks in Brevitas", programs(("brevitas",)), names=(), needs=("brevitas",), slow=True)
+@case_class("networks in NNCF", programs(("nncf",)), names=(), needs=("nncf",), slow=True)
 def networks(case: Program) -> None:
     """Converted with 16-bit codes a network computes what the float one does, and its sites have names of their own."""
     float_model = build(case)
