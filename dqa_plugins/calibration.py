@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .errors import StateMismatch
 from .exact import exact_sum
 from .method import Method
-from .ranges import grouped
+from .ranges import Measured, grouped
 from .state import StateModule
 
 KEPT_SAMPLES = 64
@@ -108,25 +108,30 @@ class CalibrationRecord(StateModule):
         """True if a negative value was seen."""
         return bool(self.minimum < 0)
 
+    @property
+    def room(self) -> int:
+        """Samples of which values can be kept yet, at most; 1 where there are none, so that a batch is a batch."""
+        return max(1, KEPT_SAMPLES - int(self.counts[1]))
+
     @torch.no_grad()
-    def observe(self, x: Tensor, values: Tensor, rows: Tensor, method: Method, *, moving: bool = False) -> None:
-        """Record a batch.
+    def observe(self, measured: Measured, rows: Tensor, method: Method, *, moving: bool = False) -> None:
+        """Record a batch of B >= 1 samples.
 
         Args:
-            x: (B, ...) finite, floating point, B >= 1.
-            values: (B, S, G), the statistic of x (`ranges.statistic`).
-            rows: (B, D, L) what to keep columns of: the channels of x at its L positions.
+            measured: of the batch, finite.
+            rows: (N, D, L) what to keep columns of: the channels of the first samples, `room` or all, at L positions.
             method: whose statistic.
             moving: also update the moving average (QAT).
         """
+        values = measured.values
         top = values.amax(0) if method.reduction == "max" else values.mean(0)
         self.maximum = values.amax(0) if self.count == 0 else torch.maximum(self.maximum, values.amax(0))
         self._add(values.double())
         if moving:
             self.average = top if self.average.numel() == 0 else self.average + QAT_AVERAGING * (top - self.average)
-        self.minimum = torch.minimum(self.minimum, x.amin().double())
+        self.minimum = torch.minimum(self.minimum, measured.minimum.double())
         self._keep(rows, values)
-        self.counts = self.counts + torch.tensor([len(x), 0], device=self.counts.device)
+        self.counts = self.counts + torch.tensor([len(values), 0], device=self.counts.device)
 
     def _add(self, values: Tensor) -> None:
         """Add (N, S, G) float64 to the sum."""

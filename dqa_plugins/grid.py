@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels import eager
 from .rounding import bound, cast, like, narrow, nonzero, straight_through, wants_gradient
 
 
@@ -120,6 +121,8 @@ class Grid:
 
         Straight-through gradient inside the code range and zero outside of it; one everywhere where values are kept.
         """
+        if self.step.dtype is torch.float32 and eager.usable(x) and (table := self.table(x)) is not None:
+            return eager.fake_quantize(x, table)
         detached = x.detach() if wants_gradient(x) else x
         rounded, codes = self._codes(cast(detached, self.step.dtype))
         x_hat = narrow(self.values(codes), x.dtype)
@@ -127,6 +130,12 @@ class Grid:
         if outside is not None:
             return straight_through(x, torch.where(outside, detached, x_hat), None)
         return straight_through(x, x_hat, (rounded, codes))
+
+    def table(self, x: Tensor) -> eager.Table | None:
+        """What the kernel reads for x; None where it does not serve this grid."""
+        lower, upper = self.keep or (None, None)
+        parameters = (self.step, self.divisor, self.low, self.high, self.zero_point, self.bias, lower, upper)
+        return eager.table_of(x, parameters)
 
     def tie_distance(self, x: Tensor) -> Tensor:
         """Distance of each value of x to where its result jumps, in steps: a rounding tie, or an end of keep."""

@@ -168,7 +168,7 @@ class Method:
             vectors: what `decide` gave, likewise; without them: plain quantization at `bits` bits.
         """
         if qparams.scale is None:
-            return Grid.affine(*qparams.thresholds, self.bits)
+            return Grid.affine(*qparams.thresholds, self.bits, keep=self.keeps_outliers)
         return Grid(qparams.scale, *code_range(self.bits, signed))
 
     def steps(self, signed: bool) -> int:
@@ -208,6 +208,11 @@ class Method:
     def target_density(self) -> float:
         """Share of the values that stay in float by design; 0 for most methods."""
         return 0.0
+
+    @property
+    def keeps_outliers(self) -> bool:
+        """True where values beyond the thresholds stay in float."""
+        return False
 
     @property
     def needs_next_layer(self) -> bool:

@@ -203,9 +203,9 @@ class DenseSparse(Method):
         above = Extent("upper", 1 - self.density)
         return sides if signed else (above,) if signed is False else (*sides, above)
 
-    def grid(self, qparams: QParams, signed: bool, vectors: Mapping[str, Tensor]) -> Grid:
-        """The range between the thresholds; what lies outside is kept."""
-        return Grid.affine(*qparams.thresholds, self.bits, keep=True)
+    @property
+    def keeps_outliers(self) -> bool:
+        return True
 
     @property
     def target_density(self) -> float:

@@ -12,12 +12,14 @@ It joins a method (how a tensor becomes codes), a qparams source (where scale or
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .calibration import rows_to_keep
@@ -31,14 +33,20 @@ from .errors import (
     UnsupportedCombination,
     UnsupportedInput,
 )
+from .grid import QParams
+from .kernels import eager
 from .method import Method
 from .parameters import QuantizerParameters
-from .ranges import statistic
+from .ranges import measure
 from .resolve import kept_values, next_layer_weight, static_qparams
+from .rounding import cast
 from .scripted import ScriptedQuantizer
 
 LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and backends reach
 
+# of frozen quantizers: beside them, so that no copy and no file takes it along
+_tables: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+_written = operator.attrgetter("_version")
 _first_executions = itertools.count()
 # float8 has neither arithmetic nor infinities to saturate at: it is a format to store in, not one to compute with
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -223,7 +231,49 @@ class ActivationQuantizer(QuantizerParameters):
         self._check_channels(x)
         if prediction is None and self.listener is not None:
             self.listener(self.name, x)
+        table = self._table(x, prediction)
+        if table is not None:
+            return eager.fake_quantize(x, table)
         return self.grid(x, prediction).fake_quantize(x)
+
+    def _table(self, x: Tensor, prediction: Tensor | None) -> eager.Table | None:
+        """What the kernel reads in place of `grid`; None where kernels do not serve x, or the method has its own way.
+
+        What no sample changes is kept until a buffer is another one, or has been written.
+        """
+        if self._state != "frozen" or not eager.usable(x):
+            return None
+        buffers = tuple(self._buffers.values())
+        try:
+            key = (x.ndim, self._axis, *map(id, buffers), *map(_written, buffers))
+        except RuntimeError:  # inference tensors count no writes
+            return None
+        held = _tables.get(self)
+        if held is None or held[0] != key:
+            held = _tables[self] = key, buffers, self._fixed_table(x)
+        fixed, method = held[2], self.method
+        if fixed is None or method.source == "static":
+            return fixed
+        found = self.source.extents(self, x, prediction)
+        if found is None:
+            return None
+        if self.clip_factor is not None:
+            found = found * cast(self.clip_factor, found.dtype)
+        steps = (2**method.bits - 1) / 2 if method.uses_range else method.steps(self.signed)
+        axis, predicted = self.channel_axis % x.ndim, self.predictor is not None
+        return eager.derive(fixed, axis, found, steps, ranged=method.uses_range, predicted=predicted)
+
+    def _fixed_table(self, x: Tensor) -> eager.Table | None:
+        """The table of a static grid, of the grid of scale 1, or of a range from 0 to 1."""
+        method = self.method
+        if method.source == "static":
+            return self.grid(x).table(x)
+        if not method.uses_range:
+            return self.unit_grid_for(x).table(x)
+        if type(method).grid is not Method.grid:
+            return None
+        one = torch.ones((), device=x.device)
+        return method.grid(QParams(None, one - one, one), self.signed, {}).table(x)
 
     # ------------------------------------------------------------ calibration
 
@@ -244,7 +294,10 @@ class ActivationQuantizer(QuantizerParameters):
                 "a device; once frozen the quantizer takes meta tensors too."
             )
         x = x.detach()
-        if not torch.isfinite(x).all():
+        axis = self._checked_axis(x) if self.uses_channels else self.channel_axis
+        self._check_channels(x)
+        measured = measure(x, self.method, axis)
+        if measured is None:
             nans, infs = int(x.isnan().sum()), int(x.isinf().sum())
             raise NonFiniteInput(
                 f"{self.label} saw {nans} NaN and {infs} Inf values in calibration data of shape {tuple(x.shape)}; "
@@ -254,18 +307,16 @@ class ActivationQuantizer(QuantizerParameters):
             self.index = next(_first_executions)
         self._axis = self.channel_axis
         if self.uses_channels:
-            axis = self._checked_axis(x)
             if self._channels is None:
                 self._channels = x.shape[axis]
                 if self.ranked:
                     self.set_extra_bits(self.extra_bits)
-        self._check_channels(x)
         if self.listener is not None:
             self.listener(self.name, x)
-        values = statistic(x, self.method, self._axis)
-        if self.source.observe(self, x, values):
-            rows = rows_to_keep(x, self.uses_channels, self._axis, self.consumer_geometry)
-            self.calibration.observe(x, values, rows, self.method, moving=self._state == "qat")
+        if self.source.observe(self, x, measured.values):
+            # what is kept are the first samples: rows of others need not be made
+            rows = rows_to_keep(x[: self.calibration.room], self.uses_channels, self._axis, self.consumer_geometry)
+            self.calibration.observe(measured, rows, self.method, moving=self._state == "qat")
 
     def adopt(self, axis: int, channels: int | None, index: int | None) -> None:
         """Take what another process learnt of this site: channel axis, channels, and position in the execution."""

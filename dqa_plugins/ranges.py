@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .grid import QParams
+from .kernels import eager
 from .method import Extent, Method
 from .rounding import cast, compute_dtype
 
@@ -28,8 +30,8 @@ def grouped(x: Tensor, granularity: str, channel_axis: int) -> Tensor:
 def quantiles(x: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
     """Quantiles over the last axis by linear interpolation, exact for any number of values.
 
-    Order statistics come from `topk`, on whichever side is shorter: several times faster than torch.quantile for
-    levels near 0 and 1, without its limit of 2^24 values and without its float16 gap.
+    Order statistics come from a kernel, or from `topk`, on whichever side is shorter: several times faster than
+    torch.quantile for levels near 0 and 1, without its limit of 2^24 values and without its float16 gap.
 
     Args:
         x: (..., N) float32 or float64, N >= 1.
@@ -38,6 +40,10 @@ def quantiles(x: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
     Returns:
         one (...) tensor per level: v_lo + (v_hi - v_lo) * fraction, at position level * (N - 1).
     """
+    if x.dtype is torch.float32 and eager.usable(x):
+        found = selected(x.reshape(-1, x.shape[-1]), [Extent("upper", level) for level in levels])
+        if found is not None:
+            return tuple(value.reshape(x.shape[:-1]) for value in found)
     count = x.shape[-1]
     positions = [min(max(level, 0.0), 1.0) * (count - 1) for level in levels]
     low = [math.floor(p) for p in positions]
@@ -69,6 +75,11 @@ def extents(x: Tensor, method: Method, signed: bool | None, channel_axis: int) -
         (B, G) in the compute dtype for each of `method.statistic(signed)`.
     """
     wanted = method.statistic(signed)
+    if eager.usable(x):
+        axis = channel_axis % x.ndim if method.granularity == "channel" else None
+        ends = None if all(_within(extent) for extent in wanted) else eager.extremes(x, axis)
+        if (by_kernel := _by_kernel(x, wanted, axis, ends)) is not None:
+            return by_kernel
     sources = {_SOURCES.get(extent.of, "value") for extent in wanted}
     found: dict[Extent, Tensor] = {}
     for source in sorted(sources):
@@ -101,6 +112,84 @@ def _measure(values: Tensor, wanted: Sequence[Extent]) -> dict[Extent, Tensor]:
             end = values.amax(-1) if extent.level == 1 else values.amin(-1)
         found[extent] = -end if extent.of == "lower" else end
     return found
+
+
+def _within(extent: Extent) -> bool:
+    """Whether an extent is an order statistic that the ends do not tell."""
+    return 0 < extent.level < 1 and extent.of != "zero"
+
+
+def _by_kernel(
+    x: Tensor, wanted: Sequence[Extent], axis: int | None, ends: eager.Extremes | None
+) -> tuple[Tensor, ...] | None:
+    """`extents` of the ends of each group, if they are known, and of order statistics; None: a value is NaN."""
+    found = {}
+    if ends is not None:
+        if ends.nan:
+            return None
+        found = {extent: end for extent in wanted if (end := _end(extent, ends)) is not None}
+    for magnitude in (True, False):
+        mine = [extent for extent in wanted if extent not in found and (extent.of == "magnitude") == magnitude]
+        if mine:
+            values = selected(eager.by_group(x, axis), mine)
+            if values is None:
+                return None
+            found.update((e, v.reshape(len(x), -1)) for e, v in zip(mine, values, strict=True))
+    return tuple(found[extent] for extent in wanted)
+
+
+def _end(extent: Extent, ends: eager.Extremes) -> Tensor | None:
+    """The extent if the smallest and the largest value tell it."""
+    if extent.of == "zero":
+        return torch.zeros_like(ends.low)
+    if extent.of == "lower":
+        return -ends.low if extent.level == 0 else None
+    if extent.level != 1:
+        return None
+    if extent.of == "magnitude":
+        return torch.maximum(ends.high, -ends.low)
+    return ends.high.clamp(min=0) if extent.of == "positive" else ends.high
+
+
+def selected(rows: Tensor, wanted: Sequence[Extent]) -> tuple[Tensor, ...] | None:
+    """Extents of (R, N) float32 rows by the kernel, (R,) each: all of magnitudes, or none. None: a value is NaN."""
+    positions = [min(max(extent.level, 0.0), 1.0) * (rows.shape[-1] - 1) for extent in wanted]
+    ranks = tuple(math.floor(position) for position in positions)
+    pairs = eager.order_statistics(rows, ranks, wanted[0].of == "magnitude")
+    if pairs is None:
+        return None
+    found = []
+    for i, pair in enumerate(pairs.unbind(1)):
+        first, second = (pair.clamp(min=0) if wanted[i].of == "positive" else pair).unbind(1)
+        value = first + (second - first) * (positions[i] - ranks[i])
+        found.append(-value if wanted[i].of == "lower" else value)
+    return tuple(found)
+
+
+class Measured(NamedTuple):
+    """What calibration asks of a batch: (B, S, G), see `statistic`, and the smallest value, ()."""
+
+    values: Tensor
+    minimum: Tensor
+
+
+def measure(x: Tensor, method: Method, channel_axis: int) -> Measured | None:
+    """The statistic of a batch and its smallest value, in one pass where kernels serve it; None: a value is not finite.
+
+    Args:
+        x: (B, ...) floating point, with values.
+        method: whose statistic.
+        channel_axis: used where method.granularity is "channel".
+    """
+    if not eager.usable(x):
+        finite = bool(torch.isfinite(x).all())
+        return Measured(statistic(x, method, channel_axis), x.amin()) if finite else None
+    axis = channel_axis % x.ndim if method.granularity == "channel" else None
+    ends = eager.extremes(x, axis)
+    if not ends.finite:
+        return None
+    found = _by_kernel(x, method.statistic(method.signed), axis, ends)
+    return None if found is None else Measured(torch.stack(found, 1), ends.low.amin())
 
 
 def statistic(x: Tensor, method: Method, channel_axis: int) -> Tensor:

@@ -44,7 +44,7 @@ def quantize_model(
         the traced model in eval mode, with frozen quantizers.
 
     Raises:
-        UnsupportedInput: torch.fx cannot trace the model.
+        UnsupportedInput: torch.fx cannot trace the model, or it is quantized already.
         NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
     """
     require_float(model, "quantize_model")

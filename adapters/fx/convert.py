@@ -36,6 +36,7 @@ def quantize_model(
 
     Raises:
         NotAMethod, InvalidMethod, UncalibratedQuantizer.
+        UnsupportedInput: the model is quantized already.
     """
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 

@@ -1,6 +1,6 @@
 """What of torch.ao.quantization's FX mode is touched.
 
-Four functions get a wrapper, once, when this room is imported; `host.hooks` checks that they are still there:
+Functions get a wrapper, once, when this room is imported; `host.hooks` checks that they are still there:
 
 - `fx.convert._replace_observer_with_quantize_dequantize_node`: plain convert_fx ignores an observer's `.convert` and
   puts a stock int8 quantizer in its place, in silence (torch 2.13); its decomposed sibling calls it. The wrapper makes
@@ -9,6 +9,8 @@ Four functions get a wrapper, once, when this room is imported; `host.hooks` che
   module, which it takes for one of int8.
 - `quantize_fx._fuse_fx`: remembers the names of the modules that fusion is about to replace.
 - `quantize_fx.prepare`: resolves `skip`, then places our observers (see `place`).
+- `reference.modules.utils._quantize_weight` and `_quantize_and_dequantize_weight`, and what `rnn` imported of them: the
+  weights of converted layers. They take float32 only (torch 2.13); the wrappers let models of other dtypes through.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.ao.quantization import QConfigMapping
 from torch.fx import GraphModule
 
@@ -106,6 +109,17 @@ def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     return prepare
 
 
+def _weight_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    def quantize_weight(weight: Tensor, weight_qscheme: Any, weight_dtype: torch.dtype, *args: Any) -> Tensor:
+        if weight.dtype == torch.float32 or weight_dtype == torch.float16:
+            return original(weight, weight_qscheme, weight_dtype, *args)
+        scale, *rest = args
+        found = original(weight.float(), weight_qscheme, weight_dtype, scale.float(), *rest)
+        return found if found.is_quantized else found.to(weight.dtype)
+
+    return quantize_weight
+
+
 def install() -> None:
     """Install the wrappers; a second call changes nothing.
 
@@ -115,6 +129,9 @@ def install() -> None:
     # the package attribute `fx.convert` is the function of that name: import_module gives the module
     convert = importlib.import_module("torch.ao.quantization.fx.convert")
     quantize_fx = importlib.import_module("torch.ao.quantization.quantize_fx")
+    references = [
+        importlib.import_module(f"torch.ao.nn.quantized.reference.modules.{name}") for name in ("utils", "rnn")
+    ]
     hooks.require(convert, "_has_none_qconfig", HOST, ("node", "node_name_to_qconfig"))
     replace = "_replace_observer_with_quantize_dequantize_node"
     dequantize = "_replace_observer_or_dequant_stub_with_dequantize_node"
@@ -125,6 +142,11 @@ def install() -> None:
             Hook(convert, dequantize, ("node", "graph"), _custom_hook),
             Hook(quantize_fx, "_fuse_fx", ("model", "is_qat"), _fuse_hook),
             Hook(quantize_fx, "prepare", prepare, _prepare_hook),
+            *(
+                Hook(module, name, ("weight", "weight_qscheme", "weight_dtype", "weight_scale"), _weight_hook)
+                for module in references
+                for name in ("_quantize_weight", "_quantize_and_dequantize_weight")
+            ),
         ],
         HOST,
     )

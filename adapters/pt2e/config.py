@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from dqa_plugins.errors import InvalidMethod
+from dqa_plugins.errors import InvalidMethod, UnsupportedCombination
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.graph.readers import geometry, next_linear
 from dqa_plugins.host.patterns import Pattern
@@ -27,6 +27,7 @@ from .host import (
     Quantizer,
     annotation_class,
 )
+from .names import TRAINED_NORM
 from .observer import PT2EObserver, PT2EWeight, WeightRange
 from .place import Described, describe, place
 from .sharing import Placed, Shared
@@ -128,8 +129,14 @@ class PluginQuantizer(Quantizer):
 
         Raises:
             InvalidMethod: a name given to `skip` or set_module_name is nowhere in the model.
+            UnsupportedCombination: a batch norm was exported in training mode, or torchao quantizes no such weight.
         """
         require_float(model, "PluginQuantizer")
+        if TRAINED_NORM in model.meta:
+            raise UnsupportedCombination(
+                f"'{model.meta[TRAINED_NORM]}' is a batch norm in training mode, and prepare_pt2e folds it as if it "
+                "were not. Call .eval() on the model before it is exported, or train it with prepare_qat_pt2e."
+            )
         graph = describe(model.graph)
         skipped = self._check_names(graph.operations)
         taken = {op for op, unit in graph.units.items() if any(ANNOTATION in node.meta for node in unit.nodes)}
@@ -180,6 +187,7 @@ class PluginQuantizer(Quantizer):
         spec = weight_spec(self.weight_bits, self.weight_scheme, axis)
         for node in graph.units[pattern.root].nodes:
             if _is_layer(node):
+                _check_weight(spec, node.args[1], pattern.root.path)
                 # torchao's QAT rewrite takes the first two entries for input and weight (0.18)
                 entries = _annotation(node).input_qspec_map
                 entries.setdefault(node.args[0], None)
@@ -195,6 +203,14 @@ def _unknown(name: str, operations: list[Operation]) -> InvalidMethod:
     return InvalidMethod(
         f"set_module_name({name!r}): no module or site of the model; modules are {', '.join(paths[:8])}, ..."
     )
+
+
+def _check_weight(spec: Any, weight: Any, path: str) -> None:
+    if spec is not None and getattr(weight.meta.get("val"), "dtype", None) == torch.float64:
+        raise UnsupportedCombination(
+            f"{path}: torchao quantizes weights of float32, float16 and bfloat16, and this one is float64. Convert the "
+            "model with .float() before it is exported, or leave weights float with weight_bits=None."
+        )
 
 
 def _is_layer(node: Node) -> bool:

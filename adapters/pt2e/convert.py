@@ -42,6 +42,7 @@ def quantize_model(
 
     Raises:
         NotAMethod, InvalidMethod, UncalibratedQuantizer.
+        UnsupportedInput: the model is quantized already.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 

@@ -27,8 +27,8 @@ def require_float(model: nn.Module, caller: str) -> None:
     placed = [name for name, quantizer in iter_quantizers(model) if quantizer.state == "frozen"]
     if placed:
         raise UnsupportedInput(
-            f"{caller} takes a float model; this one is quantized already ({placed[0]!r}, ...). Give it the float "
-            "model, and all methods at once, by layer or site."
+            f"{caller} takes a float model; this one is quantized already ({placed[0]!r}, ...). Quantize "
+            "the float model again, with all methods at once, by layer or site."
         )
 
 

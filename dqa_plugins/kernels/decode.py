@@ -12,9 +12,9 @@ Requirements this file meets:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from . import fields as f
+from .compiling import kernel
 from .memory import load64, store64
 from .planes import merge_part, unpack_planes
 
@@ -22,7 +22,7 @@ _u = np.uint64
 _REACH = f.SLOT + 64  # bytes behind its start that a stream of any content can make the decoder read
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode_streams(source, position, lengths, table, quarter, out):  # type: ignore[no-untyped-def]
     """Decode four streams of `quarter` symbols each into out, stream s at s * (quarter + PAD).
 
@@ -68,7 +68,7 @@ def decode_streams(source, position, lengths, table, quarter, out):  # type: ign
         o0, o1, o2, o3 = min(o0, end0), min(o1, end1), min(o2, end2), min(o3, end3)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def read_escapes(streams, quarter, group, source, position, length):  # type: ignore[no-untyped-def]
     """Put the escaped values in place of the escapes. Returns False where their number does not fit the bytes."""
     escape, bits, lowest = group[f.ESCAPE], group[f.CODED_BITS], group[f.LOWEST]
@@ -98,7 +98,7 @@ def read_escapes(streams, quarter, group, source, position, length):  # type: ig
     return position == end
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def collect(streams, quarter, out):  # type: ignore[no-untyped-def]
     """Blocks of 16 symbols from four quarters in turn: the inverse of `encode.deal`."""
     stride = quarter + f.PAD
@@ -108,7 +108,7 @@ def collect(streams, quarter, out):  # type: ignore[no-untyped-def]
             store64(out, 64 * j + 16 * s + 8, load64(streams, s * stride + 16 * j + 8))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode_chunk(source, position, count, group, lengths, table, part, streams, low, high):  # type: ignore[no-untyped-def]
     """Fill low and high with the bytes of one chunk's codes, `width` bits each. Returns False for bad escapes."""
     columns = (count + 7) // 8
@@ -144,7 +144,7 @@ def decode_chunk(source, position, count, group, lengths, table, part, streams, 
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def dequantize(q, at, size, sign, step, out, base):  # type: ignore[no-untyped-def]
     """out[base : base + size] = q[at : at + size] as numbers times step.
 
@@ -155,14 +155,14 @@ def dequantize(q, at, size, sign, step, out, base):  # type: ignore[no-untyped-d
         out[target + i] = np.float32((np.int32(q[source + i]) ^ sign) - sign) * step
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def unite(low, high, size, out):  # type: ignore[no-untyped-def]
     """out[:size] = the 16-bit codes of these bytes."""
     for i in range(_u(size)):
         out[i] = np.uint16(low[i]) | (np.uint16(high[i]) << np.uint16(8))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def widen(q, at, size, sign, codes, base):  # type: ignore[no-untyped-def]
     """codes[base : base + size] = q[at : at + size] as int16; sign as in `dequantize`."""
     source, target = _u(at), _u(base)
@@ -170,7 +170,7 @@ def widen(q, at, size, sign, codes, base):  # type: ignore[no-untyped-def]
         codes[target + i] = np.int16((np.int32(q[source + i]) ^ sign) - sign)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode_range(source, offsets, lengths, steps, inner, channels, groups, tables, first, last, out, codes):  # type: ignore[no-untyped-def]
     """Decode and dequantize chunks `first` to `last` - 1.
 

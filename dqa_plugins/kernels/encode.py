@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 
 from . import fields as f
+from .compiling import kernel
 from .memory import float_bits, load64, prefetch, store64
 from .planes import pack_planes, part_of
 
@@ -38,7 +39,7 @@ def _quantize_exact(x, step, low, high, q):  # type: ignore[no-untyped-def]
     return 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def quantize(x, base, size, step, low, high, q, at):  # type: ignore[no-untyped-def]
     """clamp(round(x / step)) of x[base : base + size], a piece of one channel, into the low bits of q[at : at + size].
 
@@ -74,7 +75,7 @@ def quantize(x, base, size, step, low, high, q, at):  # type: ignore[no-untyped-
     return 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def encode_streams(index, table, flush, out, position, lengths, flags, x, ahead):  # type: ignore[no-untyped-def]
     """Write the four quarters of `index` as four byte-aligned streams, one behind the other.
 
@@ -130,7 +131,7 @@ def encode_streams(index, table, flush, out, position, lengths, flags, x, ahead)
     return position, (seen & _u(0x1C0)) != 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _fixed(low, high, width, count, part, out, position):  # type: ignore[no-untyped-def]
     """The whole codes with fixed width: the low byte's planes, then the rest's."""
     columns = (count + 7) // 8
@@ -142,7 +143,7 @@ def _fixed(low, high, width, count, part, out, position):  # type: ignore[no-unt
     return position
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def deal(values, quarter, out):  # type: ignore[no-untyped-def]
     """Deal blocks of 16 symbols to four quarters in turn: the streams then have like statistics and like lengths."""
     for j in range(quarter // 16):
@@ -151,7 +152,7 @@ def deal(values, quarter, out):  # type: ignore[no-untyped-def]
             store64(out, s * quarter + 16 * j + 8, load64(values, 64 * j + 16 * s + 8))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def word_index(symbols, bits, word, index):  # type: ignore[no-untyped-def]
     """index = the `word` consecutive symbols (uint8, below 2^bits), first one lowest. Returns the number of words."""
     words = symbols.size // word
@@ -175,7 +176,7 @@ def word_index(symbols, bits, word, index):  # type: ignore[no-untyped-def]
     return words
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def write_escapes(part, symbols, index, table, group, flags, out, position):  # type: ignore[no-untyped-def]
     """Append the values that the streams name only as escapes, CODED_BITS bits each, lowest bit first.
 
@@ -214,7 +215,7 @@ def write_escapes(part, symbols, index, table, group, flags, out, position):  # 
     return position
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def encode_chunk(low, high, count, group, table, out, position, lengths, part, symbols, index, flags, x, ahead):  # type: ignore[no-untyped-def]
     """Write the `count` codes of a chunk, given by their bytes; returns the next position. Rest as `encode_range`."""
     start = position
@@ -248,7 +249,7 @@ def encode_chunk(low, high, count, group, table, out, position, lengths, part, s
     return position
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def split(codes, base, size, low, high, at):  # type: ignore[no-untyped-def]
     """The bytes of the 16-bit codes[base : base + size], into low and high from `at`."""
     source, target = _u(base), _u(at)
@@ -258,7 +259,7 @@ def split(codes, base, size, low, high, at):  # type: ignore[no-untyped-def]
         high[target + i] = np.uint8(code >> np.uint16(8))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def encode_range(x, codes, steps, inner, channels, groups, tables, first, last, out, lengths, sizes):  # type: ignore[no-untyped-def]
     """Quantize and encode chunks `first` to `last` - 1.
 

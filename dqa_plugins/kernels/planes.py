@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .compiling import kernel
 from .memory import load64, store64
 
 _u = np.uint64
@@ -22,7 +23,7 @@ def _every(byte):  # type: ignore[no-untyped-def]
     return _ONES * _u(byte)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def part_of(low, high, wide, shift, bits, count, out):  # type: ignore[no-untyped-def]
     """out = (q >> shift) & (2^bits - 1), uint8, bits <= 8.
 
@@ -48,7 +49,7 @@ def part_of(low, high, wide, shift, bits, count, out):  # type: ignore[no-untype
             store64(out, i, (load64(high, i) >> right) & own)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def merge_part(part, shift, count, low, high, wide):  # type: ignore[no-untyped-def]
     """q |= part << shift, for the bytes low and high of q (high is used if `wide`); up to 8 values more."""
     if shift < 8:
@@ -68,7 +69,7 @@ def merge_part(part, shift, count, low, high, wide):  # type: ignore[no-untyped-
             store64(high, i, load64(high, i) | ((load64(part, i) << left) & own))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pack_planes(values, width, columns, out, position):  # type: ignore[no-untyped-def]
     """Pack 8 * columns uint8 values below 2^width into width * columns bytes; returns the next position."""
     words = columns // 8 * 8
@@ -98,7 +99,7 @@ def pack_planes(values, width, columns, out, position):  # type: ignore[no-untyp
     return position + width * columns
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def unpack_planes(source, position, width, columns, out):  # type: ignore[no-untyped-def]
     """Inverse of `pack_planes`: 8 * columns values of uint8; returns the position behind the planes."""
     words = columns // 8 * 8

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, Method, iter_quantizers
-from dqa_plugins.errors import DQAError, DQAWarning, UncalibratedQuantizer
+from dqa_plugins.errors import DQAError, DQAWarning, UncalibratedQuantizer, UnsupportedInput
 from tests.adapters.networks import NETWORKS, Branches, batches, build
 from tests.graph import nets
 
@@ -227,6 +227,12 @@ def test_items_of_every_form(room: str) -> None:
         assert {n: s.scale.item() for n, s in found.items()} == {n: s.scale.item() for n, s in plain.items()}
     with pytest.raises(UncalibratedQuantizer, match="no batches"):
         run(build("branches"), METHOD, [])
+
+
+@rooms
+def test_a_quantized_model_is_not_quantized_again(room: str) -> None:
+    with pytest.raises(UnsupportedInput, match=r"quantized already \('input\.0'.*float model again"):
+        quantize_model(room)(quantized(room, "branches"), METHOD, batches("branches"))
 
 
 @rooms

@@ -1,52 +1,29 @@
 """Running the kernels: ranges of chunks in threads, and what goes in and out of them.
 
-Threads are Python threads around kernels that release the GIL, not OpenMP: torch's own pool, whose idle threads spin
-for a while after each operation, is neither used nor resized. One thread serves small tensors.
+One thread serves small tensors.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from threading import Lock, local
+from threading import local
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels import fields as f
+from ...kernels.threads import PARTS, share, torch_threads
 from ..format.layout import Layout
 from ..format.limits import LENGTHS_PER_CHUNK
 from ..format.tables import NO_ESCAPE
 
 PARALLEL_CHUNKS = 64  # chunks (256 k values) below which one thread is used
 PARALLEL_BYTES = 2**20  # bytes below which one thread copies
-PARTS = 4  # ranges for each thread: a thread that is slow gets fewer of them
 _EMPTY_FLOAT, _EMPTY_CODES = np.empty(0, np.float32), np.empty(0, np.int16)
 _local = local()
-_lock = Lock()
-_pool: ThreadPoolExecutor | None = None
 _threads: int | None = None
-
-
-def _after_fork() -> None:
-    """A forked child inherits the pool, and perhaps a held lock, but none of the threads that would serve them.
-
-    Neither those of torch: with GNU OpenMP (torch 2.13 on Linux) its first large operation would wait for them forever.
-    So it gets one thread there, as torch's DataLoader does for its workers.
-    """
-    global _pool, _lock
-    if _pool is not None:
-        torch.set_num_threads(1)
-    _pool, _lock = None, Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def set_threads(count: int | None) -> None:
@@ -59,33 +36,7 @@ def set_threads(count: int | None) -> None:
 
 def get_threads() -> int:
     """Threads that a large tensor is coded with."""
-    return _threads if _threads is not None else max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
-
-
-def share(task: Callable[[int], Any], count: int, threads: int) -> list[Any]:
-    """task(0) to task(count - 1), each done by whichever thread is free; the results in order."""
-    if threads == 1 or count <= 1:
-        return [task(i) for i in range(count)]
-    global _pool
-    with _lock:
-        if _pool is None or _pool._max_workers < threads - 1:
-            _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="dqa-storage")
-        pool = _pool
-    results: list[Any] = [None] * count
-    numbers = itertools.count()
-
-    def work() -> None:
-        while (i := next(numbers)) < count:
-            results[i] = task(i)
-
-    futures = [pool.submit(work) for _ in range(threads - 1)]
-    try:
-        work()
-    finally:  # nobody may still write when the caller goes on
-        wait(futures)
-    for future in futures:
-        future.result()
-    return results
+    return _threads if _threads is not None else torch_threads()
 
 
 def _run(task: Callable[[int, int, int], Any], chunks: int) -> list[Any]:
