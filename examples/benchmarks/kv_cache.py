@@ -425,54 +425,55 @@ class Bench:
         return found
 
 
+def plot_rounded(panel: Any, rows: list[dict[str, Any]]) -> None:
+    """Perplexity against bits per value where everything is quantized."""
+    for prefix, label, style in (
+        ("ours", "ours, target_bits", "o-"),
+        ("token", "a scale per token", "s:"),
+        ("kivi", "KIVI's layout", "^:"),
+    ):
+        chosen = [r for r in rows if r["cache"].startswith(f"{prefix} ") and "first" not in r["cache"]]
+        chosen = sorted((r["bits"], r["more_percent"]) for r in chosen)
+        panel.plot(*zip(*chosen, strict=True), style, label=label)
+    panel.set(xlabel="bits per value, all included", title="every key and value quantized, 2,048 tokens")
+
+
+def plot_held(panel: Any, rows: list[dict[str, Any]]) -> None:
+    """Perplexity against bits held by the caches as they are used."""
+    markers = {512: "o", 2048: "s", 8192: "D"}
+    colours = {"packed": "tab:blue", "quanto": "tab:orange", "hqq": "tab:green"}
+    for row in rows:
+        kind, _, number = row["cache"].partition(" ")
+        if kind in colours:
+            at = (row["bits_held"], max(row["more_percent"], 0.05))
+            panel.plot(*at, markers[row["tokens"]], color=colours[kind])
+            panel.annotate(number, at, fontsize=7, xytext=(4, 3), textcoords="offset points")
+    for tokens, marker in markers.items():
+        panel.plot([], [], marker, color="gray", label=f"{tokens:,} tokens")
+    for kind, colour in colours.items():
+        panel.plot([], [], color=colour, label="PackedCache" if kind == "packed" else f"QuantizedCache, {kind}")
+    panel.set(xlabel="bits held per value, float tokens included", title="caches as they are used")
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Perplexity against bits per value, everything quantized; and as held at each length."""
+    """A panel for each of the parts "rounded" and "held" that the report has."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for prefix, label, style in (
-        ("ours", "ours, target_bits", "o-"),
-        ("token", "per token", "s:"),
-        ("kivi", "KIVI's layout", "^:"),
-    ):
-        rows = [r for r in report.get("rounded", []) if r["cache"].split()[0] == prefix and "first" not in r["cache"]]
-        rows.sort(key=lambda r: r["bits"])
-        left.plot([r["bits"] for r in rows], [r["more_percent"] for r in rows], style, label=label)
-    left.set(xlabel="bits per value, all included", ylabel="perplexity over float's, %", yscale="log")
-    left.set_title("every key and value quantized, 2,048 tokens", fontsize=10)
-    markers = {512: "o", 2048: "s", 8192: "D"}
-    colours = {"packed": "tab:blue", "quanto": "tab:orange", "hqq": "tab:green"}
-    for row in report.get("held", []):
-        kind, _, number = row["cache"].partition(" ")
-        if kind in colours:
-            right.plot(row["bits_held"], max(row["more_percent"], 0.05), markers[row["tokens"]], color=colours[kind])
-            right.annotate(
-                number,
-                (row["bits_held"], max(row["more_percent"], 0.05)),
-                fontsize=7,
-                xytext=(4, 3),
-                textcoords="offset points",
-            )
-    for tokens, marker in markers.items():
-        right.plot([], [], marker, color="gray", label=f"{tokens:,} tokens")
-    for kind, colour in colours.items():
-        right.plot(
-            [],
-            [],
-            "-",
-            color=colour,
-            label={"packed": "PackedCache", "quanto": "QuantizedCache, quanto", "hqq": "QuantizedCache, HQQ"}[kind],
-        )
-    right.set(xlabel="bits held per value, float tokens included", ylabel="perplexity over float's, %", yscale="log")
-    right.set_title("caches as they are used", fontsize=10)
-    for panel in (left, right):
+    drawn = [(draw, report[part]) for part, draw in (("rounded", plot_rounded), ("held", plot_held)) if part in report]
+    if not drawn:
+        return
+    figure, panels = plt.subplots(1, len(drawn), figsize=(6.4 * len(drawn), 4.4), layout="constrained", squeeze=False)
+    for panel, (draw, rows) in zip(panels[0], drawn, strict=True):
+        draw(panel, rows)
+        panel.set(ylabel="perplexity over float's, %", yscale="log")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def keep(report: dict[str, Any], path: Path | None) -> None:
