@@ -52,6 +52,6 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     held = {row["cache"]: row for row in report["held"]}
     assert held["float"]["bits_held"] == 32.0
     assert held["packed 2.2"]["bits_held"] < 16
-    assert report["memory"]["packed 2.2"] < report["memory"]["float"]
-    assert set(report["speed"]["token_ratio_cpu"]) == {"packed 2.6", "packed 2.2"}
+    assert 1 < report["memory"]["float"] * 1e6 / (2 * 2 * 192 * 4 * 513) < 2.1  # a layer's concatenation besides
+    assert set(report["speed"]["token_ratio_cpu"]) == {"packed 2.2"}
     assert len(report["text"]["packed 2.2"].split()) == 4
