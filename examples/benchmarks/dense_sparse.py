@@ -240,7 +240,7 @@ def network(rounds: int) -> tuple[dict[str, float], dict[str, float]]:
         "dqa_static": DQA(bits=4),
         "ds_static_1": DenseSparse(bits=8),
         "ds_dynamic_1": DenseSparse(bits=8, qparams="dynamic"),
-        "ds_predicted_1": DenseSparse(bits=8, qparams=QPP(mode="paper")),
+        "ds_predicted_1": DenseSparse(bits=8, qparams=QPP(mode="paper", sites=("input",))),
     }
     models = {name: lowered(method) for name, method in methods.items()}
     models["fp32"] = in_prepacked_float(model, inputs[0])
