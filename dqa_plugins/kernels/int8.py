@@ -209,6 +209,27 @@ def scatter(out, size, weight, scale, positions, residuals, channels, width, row
 
 
 @kernel
+def regrid(codes, size, grid, before, after):  # type: ignore[no-untyped-def]
+    """Bytes of each channel's own grid to the grid common to all, in place: (clamp(q - before) * factor) + after.
+
+    Args:
+        codes: address of `size` = P * C bytes.
+        grid: (3, C) int32: smallest and largest code of a channel, and factor.
+        before, after: int32, the byte of code 0.
+    """
+    q = carray(values_at(codes, np.uint8), size)
+    low, high, factor = grid[0], grid[1], grid[2]
+    channels = _u(grid.shape[1])
+    for p in range(_u(size) // channels):
+        base = p * channels
+        for c in range(channels):
+            v = np.int32(np.int32(q[base + c]) - before)
+            v = high[c] if high[c] < v else v
+            v = low[c] if low[c] > v else v
+            q[base + c] = np.int32(np.int32(v * factor[c]) + after)
+
+
+@kernel
 def scale_samples(out, size, scales, bias):  # type: ignore[no-untyped-def]
     """out[b] = out[b] * scales[b] + bias, in place.
 
