@@ -303,8 +303,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for kind, times in result["layers_ms"].items():
         right.plot(range(1, 9), times, marker="o", label=kind)
     right.set(xlabel="convolutions", ylabel="ms", ylim=(0, None))
-    for axes in (left, right):
-        axes.legend(fontsize=8)
+    left.legend(fontsize=8, loc="lower right")
+    right.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
