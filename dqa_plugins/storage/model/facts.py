@@ -14,6 +14,7 @@ from ...graph.axes import channel_axes
 from ...graph.fx import TensorFacts, describe, name_sites, operation_name
 from ...graph.operations import facts
 from ...quantizer import ActivationQuantizer
+from ...sites import iter_quantizers
 from ..format.errors import TraceFailed
 
 SITE = "dqa_site"  # key in Node.meta where the adapters keep a node's site name
@@ -63,7 +64,7 @@ def trace(model: nn.Module) -> GraphModule:
     """The model as a graph: itself if it is one already, else one that shares its weights.
 
     Raises:
-        TraceFailed: torch.fx cannot trace it.
+        TraceFailed: torch.fx cannot trace it, or does not see a quantizer of it.
     """
     if isinstance(model, GraphModule):
         return model
@@ -72,12 +73,20 @@ def trace(model: nn.Module) -> GraphModule:
         for node in graph.nodes:
             if node.name == "self":  # a layer of that name: torch.fx (2.13) writes code in which it hides the model
                 node._rename("self_layer")
-        return GraphModule(model, graph, type(model).__name__)
+        traced = GraphModule(model, graph, type(model).__name__)
     except Exception as error:
         raise TraceFailed(
             f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). Wrap the part that "
             "branches on data with torch.fx.wrap, or export the model and prepare it with the PT2E adapter first."
         ) from error
+    seen = set(traced.modules())
+    lost = next((name for name, quantizer in iter_quantizers(model) if quantizer not in seen), None)
+    if lost is not None:
+        raise TraceFailed(
+            f"torch.fx does not see the quantizer '{lost}' of this {type(model).__name__}, which would run without it: "
+            "NNCF's quantizers, for example, are hooks. Store the float model, or quantize it with another adapter."
+        )
+    return traced
 
 
 def add_module(model: GraphModule, name: str, module: nn.Module) -> str:
