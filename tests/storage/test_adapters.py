@@ -16,7 +16,7 @@ from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuan
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method
-from dqa_plugins.storage import TraceFailed, allocate_bits, convert_stored, prepare_stored, storage_report, stored_edges
+from dqa_plugins.storage import allocate_bits, convert_stored, prepare_stored, storage_report, stored_edges
 from dqa_plugins.storage.model.sites import Pack
 from tests.storage.test_pipeline import Net, Skip
 
@@ -234,13 +234,3 @@ def test_values_derived_from_a_quantized_one(
         torch.testing.assert_close(stored(fresh), wanted(fresh), rtol=0, atol=0)
     if network is Pooled:
         assert (4, 8, 4, 4) in [e.shape for e in stored_edges(stored)]
-
-
-def test_quantizers_that_torch_fx_does_not_see_are_not_lost() -> None:
-    """NNCF's are hooks of functions, past which torch.fx traces."""
-    pytest.importorskip("nncf")
-    from dqa_plugins.adapters.nncf import quantize_model
-
-    x = torch.randn(2, 3, 8, 8)
-    with pytest.raises(TraceFailed, match=r"the quantizer 'input\.0' .* another adapter"):
-        prepare_stored(quantize_model(Net().eval(), Direct(bits=4), [x]), Direct(bits=4), x)
