@@ -39,7 +39,7 @@ from .parameters import QuantizerParameters
 from .ranges import measure
 from .resolve import kept_values, next_layer_weight, static_qparams
 from .rounding import cast
-from .scripted import ScriptedQuantizer
+from .scripted import ScriptedQuantizer, scripted
 
 LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and backends reach
 
@@ -207,19 +207,8 @@ class ActivationQuantizer(QuantizerParameters):
         return self.fake_quantize(x, prediction)
 
     def __prepare_scriptable__(self) -> ScriptedQuantizer:
-        """What torch.jit.script puts in its place, in the model that it is given too: script a copy.
-
-        Raises:
-            UnsupportedCombination: it is not frozen, or its qparams are not static.
-        """
-        if self._state != "frozen" or self.method.qparams != "static":
-            raise UnsupportedCombination(
-                f"{self.label}: torch.jit.script takes frozen quantizers with static qparams; this one is in state "
-                f"{self._state!r} with qparams={self.method.qparams!r}. Convert the model first, or use torch.export."
-            )
-        rank = max(2, self.channel_axis + 1)
-        grids = [self.grid(self.scale.new_empty([1] * rank, dtype=d)) for d in (torch.float32, torch.float64)]
-        return ScriptedQuantizer(grids[0], grids[1], self.channel_axis)
+        """What torch.jit.script puts in its place, in the model that it is given too: script a copy."""
+        return scripted(self)
 
     def fake_quantize(self, x: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Quantize and dequantize x, (B, ...), with the decided parameters; in the dtype of x."""

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from .errors import UnsupportedCombination
 from .grid import Grid
+from .parameters import QuantizerParameters
 from .rounding import nonzero
 
 _FIELDS = ("step", "low", "high", "zero_point", "bias")
@@ -69,3 +71,19 @@ class ScriptedQuantizer(nn.Module):
         if self.keeps:
             values = torch.where((y < grid[6]) | (y > grid[7]), x, values)
         return values
+
+
+def scripted(quantizer: QuantizerParameters) -> ScriptedQuantizer:
+    """A quantizer for torch.jit.script.
+
+    Raises:
+        UnsupportedCombination: it is not frozen, or its qparams are not static.
+    """
+    if quantizer.state != "frozen" or quantizer.method.qparams != "static":
+        raise UnsupportedCombination(
+            f"{quantizer.label}: torch.jit.script takes frozen quantizers with static qparams; this one is in state "
+            f"{quantizer.state!r} with qparams={quantizer.method.qparams!r}. Convert the model first, or use torch.export."
+        )
+    rank = max(2, quantizer.channel_axis + 1)
+    grids = [quantizer.grid(quantizer.scale.new_empty([1] * rank, dtype=d)) for d in (torch.float32, torch.float64)]
+    return ScriptedQuantizer(grids[0], grids[1], quantizer.channel_axis)
