@@ -25,7 +25,7 @@ def _sums(x, begin, end, lower, upper):  # type: ignore[no-untyped-def]
         total += np.float64(v)
         magnitude += np.float64(abs(v))
         square += np.float64(v * v)
-        outside += np.int64(v < lower) + np.int64(v > upper)
+        outside += np.int64((v < lower) | (v > upper))
     return total, magnitude, square, np.float64(outside)
 
 
@@ -49,7 +49,7 @@ def sums(x, lower, upper, out, inner, free, count, along, first, last):  # type:
                     out[sample, c, 0] += np.float64(v)
                     out[sample, c, 1] += np.float64(abs(v))
                     out[sample, c, 2] += np.float64(v * v)
-                    out[sample, c, 3] += np.float64(v < lower[sample, g]) + np.float64(v > upper[sample, g])
+                    out[sample, c, 3] += np.float64((v < lower[sample, g]) | (v > upper[sample, g]))
         else:
             for row in range(sample * free * count, (sample + 1) * free * count):
                 c = row % count

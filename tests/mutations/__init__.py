@@ -67,7 +67,7 @@ def mutate(mutation: Mutation, root: Path) -> None:
 
 def all_mutations() -> list[Mutation]:
     """Of every part."""
-    from . import core, export, placement, qpp, ranking, rooms, storage
+    from . import core, export, kernels, placement, qpp, ranking, rooms, storage
 
-    parts = (core.PART, *placement.PARTS, *rooms.PARTS, storage.PART, export.PART, ranking.PART, qpp.PART)
+    parts = (core.PART, *placement.PARTS, *rooms.PARTS, storage.PART, kernels.PART, export.PART, ranking.PART, qpp.PART)
     return [mutation for part in parts for mutation in part.mutations]
