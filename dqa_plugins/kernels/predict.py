@@ -19,13 +19,14 @@ _u = np.uint64
 def _sums(x, begin, end, lower, upper):  # type: ignore[no-untyped-def]
     """Sum, sum of magnitudes, sum of squares (squared in float32) of x[begin:end], and how many lie outside."""
     total = magnitude = square = 0.0
-    outside = 0
+    outside = np.int32(0)
     for i in range(_u(begin), _u(end)):
         v = x[i]
-        total += np.float64(v)
-        magnitude += np.float64(abs(v))
+        wide = np.float64(v)
+        total += wide
+        magnitude += abs(wide)
         square += np.float64(v * v)
-        outside += np.int64((v < lower) | (v > upper))
+        outside = np.int32(outside + np.int32((v < lower) | (v > upper)))  # int32: as many lanes as values
     return total, magnitude, square, np.float64(outside)
 
 

@@ -48,7 +48,7 @@ add(
 add("the next rank is the same", "observe.py", "if inside and following > rank:", "if inside and following > rank + 1:")
 add("predictions are not made valid", "tables.py", "scale = _LEAST if scale < _LEAST else scale", "scale = scale")
 add("an empty range is at zero", "tables.py", "zero if step > zero else -lower", "zero")
-add("summaries count one side", "predict.py", "np.int64((v < lower) | (v > upper))", "np.int64(v > upper)")
+add("summaries count one side", "predict.py", "np.int32((v < lower) | (v > upper))", "np.int32(v > upper)")
 add("no radial part", "predict.py", "linear += near[r] * bumps[r, p]", "linear += 0 * near[r]")
 add("kernels under functorch", "eager.py", "and torch._C._functorch.peek_interpreter_stack() is None", "")
 add("kernels under a dispatch mode", "eager.py", "and torch._C._len_torch_dispatch_stack() == 0", "")
