@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -73,16 +72,18 @@ def to_openvino(
 ) -> Any:
     """Convert a converted model, or a single frozen ActivationQuantizer, to OpenVINO.
 
-    form="float" is read from the exported program directly, and through ONNX where OpenVINO's reader of programs fails;
-    form="qdq" goes through the ONNX file of that form: int8 weights, and int8 arithmetic where OpenVINO has it. The
-    result says which way it took: `model.get_rt_info("dqa_plugins").astype(str)` is "torch.export" or "onnx".
+    Goes through the ONNX file of that form (see `to_onnx`; "qdq": int8 weights, and int8 arithmetic where OpenVINO has
+    it): OpenVINO's reader of exported programs multiplies by 1 / step where the program divides, which is a step off at
+    ties. Where the way through ONNX fails, form="float" is read from the exported program all the same. The result says
+    which way it took: `model.get_rt_info("dqa_plugins").astype(str)` is "onnx" or "torch.export".
 
     Compile it with `openvino.compile_model(model, "CPU", F32)`: the default precision is bfloat16 on many CPUs.
 
     Args:
         model: converted by any adapter.
         example_inputs: a tensor or a tuple of them; the first dimension of the first one is the batch.
-        path: where to save (an .xml; weights beside it as .bin); None: only return.
+        path: where to save (an .xml; weights beside it as .bin); None: only return. A model that is read from there
+            needs `exact_divisions`.
         dynamic_batch, dynamic_shapes: see `to_onnx`.
         form: "float" or "qdq", see `to_onnx`.
 
@@ -96,16 +97,15 @@ def to_openvino(
     if path is not None and Path(path).suffix != ".xml":
         raise ExportFailed(f"{path}: OpenVINO saves a model as .xml (and .bin beside it).")
     sizes = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
-    converted = None
-    if form == "float":
-        program = to_exported_program(model, example_inputs, **sizes)
-        with contextlib.suppress(Exception):  # whatever it lacks, the ONNX reader may have
-            converted = _read_program(program)
-    way = "onnx" if converted is None else "torch.export"
-    if converted is None:
+    way = "onnx"
+    try:
         with tempfile.TemporaryDirectory() as folder:
             file = to_onnx(model, example_inputs, Path(folder) / "model.onnx", form=form, **sizes)
             converted = read_onnx(file)
+    except (ExportFailed, RuntimeError):
+        if form != "float":
+            raise
+        way, converted = "torch.export", _read_program(to_exported_program(model, example_inputs, **sizes))
     converted.set_rt_info(way, "dqa_plugins")
     if path is not None:
         # the default would round weights, and scales, to float16
