@@ -12,6 +12,7 @@ It joins a method (how a tensor becomes codes), a qparams source (where scale or
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,7 @@ LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and bac
 
 # of frozen quantizers: beside them, so that no copy and no file takes it along
 _tables: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+_written = operator.attrgetter("_version")
 _first_executions = itertools.count()
 # float8 has neither arithmetic nor infinities to saturate at: it is a format to store in, not one to compute with
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -243,7 +245,7 @@ class ActivationQuantizer(QuantizerParameters):
             return None
         buffers = tuple(self._buffers.values())
         try:
-            key = (x.ndim, self._axis, *map(id, buffers), *(b._version for b in buffers))  # type: ignore[union-attr]
+            key = (x.ndim, self._axis, *map(id, buffers), *map(_written, buffers))
         except RuntimeError:  # inference tensors count no writes
             return None
         held = _tables.get(self)
@@ -256,7 +258,7 @@ class ActivationQuantizer(QuantizerParameters):
         if found is None:
             return None
         if self.clip_factor is not None:
-            found = [extent * cast(self.clip_factor, extent.dtype) for extent in found]
+            found = found * cast(self.clip_factor, found.dtype)
         steps = (2**method.bits - 1) / 2 if method.uses_range else method.steps(self.signed)
         axis, predicted = self.channel_axis % x.ndim, self.predictor is not None
         return eager.derive(fixed, axis, found, steps, ranged=method.uses_range, predicted=predicted)

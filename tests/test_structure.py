@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HOSTS = ("torchao", "brevitas", "nncf", "torch.ao")
+HOSTS = ("torchao", "brevitas", "nncf", "torch.ao", "transformers")
 # who may know an exporter's or a report's package
 BACKENDS = {"onnx", "onnxruntime", "onnxscript", "openvino", "executorch"}
 

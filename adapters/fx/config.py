@@ -156,8 +156,20 @@ def get_qconfig_mapping(
     return mapping
 
 
-direct_qconfig = get_qconfig_mapping(Direct())
-dqa_qconfig = get_qconfig_mapping(DQA())
-noisyquant_qconfig = get_qconfig_mapping(NoisyQuant())
-dense_sparse_qconfig = get_qconfig_mapping(DenseSparse())
-qpp_qconfig = get_qconfig_mapping(DenseSparse(qparams=QPP()))
+# what docs/results/default_settings.json measured as the sensible default of each method
+READY_MADE: dict[str, Method] = {
+    "direct_qconfig": Direct(granularity="channel"),
+    "dqa_qconfig": DQA(granularity="channel"),
+    "noisyquant_qconfig": NoisyQuant(granularity="channel"),
+    "dense_sparse_qconfig": DenseSparse(),
+    "qpp_qconfig": DenseSparse(qparams=QPP()),
+}
+
+
+def ready_made(name: str) -> PluginQConfigMapping:
+    """A fresh mapping each time, so that setting a layer in it changes nobody else's; first and last layer stay float.
+
+    Args:
+        name: a key of `READY_MADE`.
+    """
+    return get_qconfig_mapping(READY_MADE[name], skip=("first", "last"))

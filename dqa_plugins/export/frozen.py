@@ -30,11 +30,12 @@ class FrozenPredictor(nn.Module):
         for name in ("weight", "bias", "logarithmic", "low", "high", "rate", "centres", "bumps"):
             self.register_buffer(name, getattr(predictor, name))
         self.mode, self.groups = predictor.mode, predictor.groups
+        self.sides = predictor.low.numel() // max(1, predictor.groups)
         self.own, self.summary = predictor.own, predictor.summary  # graphs call them by these names
 
     def forward(self, features: Tensor, *summaries: Tensor) -> Tensor:
         """As `Predictor.forward`."""
-        found = as_node(self, (features, *summaries), (len(self.low) // self.groups, self.groups), torch.float32)
+        found = as_node(self, (features, *summaries), (self.sides, self.groups), torch.float32)
         return found if found is not None else Predictor.forward(self, features, *summaries)  # type: ignore[arg-type]
 
 

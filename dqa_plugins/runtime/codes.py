@@ -57,7 +57,7 @@ class ByteGrid:
     channels: Floats | None
     scale: float
     zero: np.int32
-    keep: tuple[np.float32, np.float32] = (np.float32(0), np.float32(0))
+    keep: tuple[np.float32, np.float32] = (np.float32(-np.inf), np.float32(np.inf))
     ends: tuple[tuple[np.int32, np.float32], tuple[np.int32, np.float32]] | None = None
 
 
@@ -91,7 +91,7 @@ def byte_grid(grid: Grid, *, folded: bool = False) -> ByteGrid | str:
         return "its channels have steps of their own (granularity='channel'), which fit no common grid"
     first, last = float((low * factor).min()), float((high * factor).max())
     if last - first > 255:
-        return f"its codes on the common grid take {int(last - first + 1).bit_length()} bits, a byte has 8"
+        return f"its codes on the common grid take {int(last - first).bit_length()} bits, a byte has 8"
     if not (low.max() <= 0 <= high.min()):
         return "its range excludes zero, which padding needs as a code"
     # as torch's own quantizers: unsigned codes begin at 0, signed ones at their zero point

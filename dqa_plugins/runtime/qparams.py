@@ -25,7 +25,11 @@ _TINY, _SHARE = np.float32(1e-30), np.float32(1e-6)
 
 def samples(grid: Grid, batch: int) -> list[Grid]:
     """The grid of each sample."""
-    return [grid.map(lambda p, b=b: p[b] if p.ndim and p.shape[0] == batch else p) for b in range(batch)]
+
+    def one(b: int) -> Grid:
+        return grid.map(lambda p: p[b] if p.ndim and p.shape[0] == batch else p)
+
+    return [one(b) for b in range(batch)]
 
 
 def range_plan(lower: np.float32, upper: np.float32, top: np.float32, keep: bool) -> ByteGrid | str:
@@ -39,14 +43,16 @@ def range_plan(lower: np.float32, upper: np.float32, top: np.float32, keep: bool
     if step == 0 and (lower != 0 or not keep):
         return "its range is empty"
     inverse, byte = _ONE / step if step > 0 else np.float32(1e30), np.int32(zero)
-    ends = ((np.int32(0), -zero * step), (np.int32(top), (top - zero) * step)) if keep else None
     one = (inverse, _ZERO, -zero, top - zero, byte, step)
+    if not keep:
+        return ByteGrid(one, None, float(step), byte)
+    ends = ((np.int32(0), -zero * step), (np.int32(top), (top - zero) * step))
     return ByteGrid(one, None, float(step), byte, (lower, upper), ends)
 
 
 def scale_plan(unit: ByteGrid, scale: np.float32) -> ByteGrid | str:
     """The grid of a scale from that of scale 1, as `Grid.scaled`."""
-    inverse, shift, low, high, zero, step = unit.tensor
+    _, shift, low, high, zero, step = unit.tensor
     step = step * scale
     if not 0 <= step < np.inf or (step > 0 and not np.isfinite(_ONE / step)):
         return "its grid is not finite"
@@ -94,9 +100,7 @@ class SampleGrids:
                 if isinstance(ours, str) and isinstance(theirs, str):
                     continue
                 return False
-            same = (
-                ours.scale == theirs.scale and ours.ends == theirs.ends and (not self.keep or ours.keep == theirs.keep)
-            )
+            same = (ours.scale, ours.keep, ours.ends) == (theirs.scale, theirs.keep, theirs.ends)
             if ours.channels is None:
                 same = same and theirs.channels is None and ours.tensor == theirs.tensor
             else:

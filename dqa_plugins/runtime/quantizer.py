@@ -158,14 +158,17 @@ class Int8Quantizer(nn.Module):
         size = x.numel() // len(plans)
         found, most = 0, 0
         scratch: Outliers | None = None
+        scales, zeros = [], []
         for b, plan in enumerate(plans):
             if isinstance(plan, str):
                 return None
+            scales.append(plan.scale)
+            zeros.append(plan.zero)
             at = b * size
             a, q = source + 4 * at, to + at
             c, y = second and second + 4 * at, kept and kept + 4 * at
             if plan.channels is None:
-                flag = int8.quantize(a, c, self.floor, *plan.tensor, q, y, size)
+                flag = int8.quantize(a, c, self.floor, plan.keep[0], *plan.tensor, q, y, size)  # type: ignore[call-arg]
             else:
                 flag = int8.quantize_channels(a, c, self.floor, plan.channels, plan.zero, q, y, size)
             if flag == 1:
@@ -178,11 +181,11 @@ class Int8Quantizer(nn.Module):
                     bottom = (_NONE, bottom[1])
                 last = found
                 found = int8.outliers(a, c, self.floor, *plan.keep, bottom, top, q, y, size, at, *scratch, found)
-                if found < 0:
+                if not 0 <= found <= max(int8.BLOCK, x.numel() * MOST_OUTLIERS):
                     return None
                 most = max(most, found - last)
         outliers = None
         if scratch is not None:
             outliers = Outliers(scratch.positions[:found].copy(), scratch.residuals[:found].copy())
             self.density.add(x.numel(), found, most / size)
-        return Codes(codes, [p.scale for p in plans], [p.zero for p in plans], outliers, values)
+        return Codes(codes, scales, zeros, outliers, values)

@@ -62,7 +62,7 @@ class LoweringReport:
     sites: tuple[SiteReport, ...]
 
     def __str__(self) -> str:
-        width = max([len(row.name) for row in (*self.layers, *self.sites)], default=0)
+        width = max([len(r.name) for r in self.layers] + [len(r.name) for r in self.sites], default=0)
         lines = [f"{layer.name:{width}s}  {layer.kind:8s}  {layer.reason or 'int8'}" for layer in self.layers]
         for site in self.sites:
             seen = f"density {site.density:.2%}, at most {site.highest:.2%}; {site.calls} calls"
