@@ -39,4 +39,4 @@ def test_each_access_gives_a_mapping_of_its_own() -> None:
     bits = {q.method.bits for _, q in iter_quantizers(prepare_fx(chain(2), fx.dqa_qconfig, (x,)))}
     assert bits == {4}
     with pytest.raises(AttributeError, match="no attribute 'dqaa_qconfig'"):
-        fx.dqaa_qconfig
+        _ = fx.dqaa_qconfig
