@@ -416,7 +416,7 @@ add(
 add(
     "report: signal and noise swapped",
     "report/activations.py",
-    "math.log10(signal / noise)",
-    "math.log10(noise / signal)",
+    "math.log10(self.signal / self.noise)",
+    "math.log10(self.noise / self.signal)",
     REPORT,
 )
