@@ -41,9 +41,9 @@ def quantiles(x: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
         one (...) tensor per level: v_lo + (v_hi - v_lo) * fraction, at position level * (N - 1).
     """
     if x.dtype is torch.float32 and eager.usable(x):
-        rows = x.reshape(-1, x.shape[-1])
-        if not eager.extremes(rows, None).nan:
-            return tuple(v.reshape(x.shape[:-1]) for v in _selected(rows, [Extent("upper", p) for p in levels]))
+        by_kernel = selected(x.reshape(-1, x.shape[-1]), [Extent("upper", level) for level in levels])
+        if by_kernel is not None:
+            return tuple(value.reshape(x.shape[:-1]) for value in by_kernel)
     count = x.shape[-1]
     positions = [min(max(level, 0.0), 1.0) * (count - 1) for level in levels]
     low = [math.floor(p) for p in positions]
@@ -77,9 +77,9 @@ def extents(x: Tensor, method: Method, signed: bool | None, channel_axis: int) -
     wanted = method.statistic(signed)
     if eager.usable(x):
         axis = channel_axis % x.ndim if method.granularity == "channel" else None
-        ends = eager.extremes(x, axis)
-        if not ends.nan:
-            return _of_extremes(x, wanted, axis, ends)
+        ends = None if all(_within(extent) for extent in wanted) else eager.extremes(x, axis)
+        if (by_kernel := _by_kernel(x, wanted, axis, ends)) is not None:
+            return by_kernel
     sources = {_SOURCES.get(extent.of, "value") for extent in wanted}
     found: dict[Extent, Tensor] = {}
     for source in sorted(sources):
@@ -114,14 +114,27 @@ def _measure(values: Tensor, wanted: Sequence[Extent]) -> dict[Extent, Tensor]:
     return found
 
 
-def _of_extremes(x: Tensor, wanted: Sequence[Extent], axis: int | None, ends: eager.Extremes) -> tuple[Tensor, ...]:
-    """`extents` where kernels serve x: of the ends of each group, and of order statistics without a sort."""
-    found = {extent: end for extent in wanted if (end := _end(extent, ends)) is not None}
+def _within(extent: Extent) -> bool:
+    """Whether an extent is an order statistic that the ends do not tell."""
+    return 0 < extent.level < 1 and extent.of != "zero"
+
+
+def _by_kernel(
+    x: Tensor, wanted: Sequence[Extent], axis: int | None, ends: eager.Extremes | None
+) -> tuple[Tensor, ...] | None:
+    """`extents` of the ends of each group, if they are known, and of order statistics; None: a value is NaN."""
+    found = {}
+    if ends is not None:
+        if ends.nan:
+            return None
+        found = {extent: end for extent in wanted if (end := _end(extent, ends)) is not None}
     for magnitude in (True, False):
         mine = [extent for extent in wanted if extent not in found and (extent.of == "magnitude") == magnitude]
         if mine:
-            values = _selected(eager.by_group(x, axis), mine)
-            found.update((e, v.reshape(ends.low.shape)) for e, v in zip(mine, values, strict=True))
+            values = selected(eager.by_group(x, axis), mine)
+            if values is None:
+                return None
+            found.update((e, v.reshape(len(x), -1)) for e, v in zip(mine, values, strict=True))
     return tuple(found[extent] for extent in wanted)
 
 
@@ -138,12 +151,15 @@ def _end(extent: Extent, ends: eager.Extremes) -> Tensor | None:
     return ends.high.clamp(min=0) if extent.of == "positive" else ends.high
 
 
-def _selected(rows: Tensor, wanted: Sequence[Extent]) -> tuple[Tensor, ...]:
-    """Extents of (R, N) float32 rows without NaN, by the kernel, (R,) each: all of magnitudes, or none."""
+def selected(rows: Tensor, wanted: Sequence[Extent]) -> tuple[Tensor, ...] | None:
+    """Extents of (R, N) float32 rows by the kernel, (R,) each: all of magnitudes, or none. None: a value is NaN."""
     positions = [min(max(extent.level, 0.0), 1.0) * (rows.shape[-1] - 1) for extent in wanted]
     ranks = tuple(math.floor(position) for position in positions)
+    pairs = eager.order_statistics(rows, ranks, wanted[0].of == "magnitude")
+    if pairs is None:
+        return None
     found = []
-    for i, pair in enumerate(eager.order_statistics(rows, ranks, wanted[0].of == "magnitude").unbind(1)):
+    for i, pair in enumerate(pairs.unbind(1)):
         first, second = (pair.clamp(min=0) if wanted[i].of == "positive" else pair).unbind(1)
         value = first + (second - first) * (positions[i] - ranks[i])
         found.append(-value if wanted[i].of == "lower" else value)
@@ -172,7 +188,8 @@ def measure(x: Tensor, method: Method, channel_axis: int) -> Measured | None:
     ends = eager.extremes(x, axis)
     if not ends.finite:
         return None
-    return Measured(torch.stack(_of_extremes(x, method.statistic(method.signed), axis, ends), 1), ends.low.amin())
+    found = _by_kernel(x, method.statistic(method.signed), axis, ends)
+    return None if found is None else Measured(torch.stack(found, 1), ends.low.amin())
 
 
 def statistic(x: Tensor, method: Method, channel_axis: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .calibration import CalibrationRecord
@@ -53,8 +54,8 @@ class QParamsSource(Protocol):
     def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
         """The parameters of x, (B, ...), in its compute dtype, laid out to broadcast against it."""
 
-    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Sequence[Tensor] | None:
-        """What the qparams of each sample are made of, (B, G) each (`ranges.qparams_of`); None: they are static."""
+    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Tensor | None:
+        """What the qparams of each sample are made of, (B, S, G) (see `ranges.qparams_of`); None: they are static."""
 
     def observe(self, site: Site, x: Tensor, statistic: Tensor) -> bool:
         """Learn from a calibration batch.
@@ -78,7 +79,7 @@ class Static:
         axis = site.channel_axis
         return site.static.map(lambda p: lay_out(like(p, x).reshape(-1), x, axis, per_sample=False))
 
-    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Sequence[Tensor] | None:
+    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Tensor | None:
         """None: qparams are not made for a sample."""
         return None
 
@@ -93,14 +94,17 @@ class Static:
 class Dynamic(Static):
     """Qparams of each sample's own tensor."""
 
-    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Sequence[Tensor]:
-        """(B, G), or (1, G) for scope="batch"."""
+    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Tensor:
+        """(B, S, G), or (1, S, G) for scope="batch"."""
+        return torch.stack(list(self._extents(site, x)), 1)
+
+    def _extents(self, site: Site, x: Tensor) -> Sequence[Tensor]:
         found = extents(x, site.method, site.signed, site.channel_axis)
         return [e.amax(0, keepdim=True) for e in found] if site.method.scope == "batch" else found
 
     def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
         """Of `extents`."""
-        qparams = qparams_of(site.method, self.extents(site, x, prediction), site.signed, site.clip_factor)
+        qparams = qparams_of(site.method, self._extents(site, x), site.signed, site.clip_factor)
         return qparams.map(lambda p: lay_out(p, x, site.channel_axis, per_sample=True))
 
 

@@ -306,6 +306,21 @@ class PluginActProxy(ActQuantProxyFromInjector):
             "through the model inside brevitas.graph.calibrate.calibration_mode, or train it."
         )
 
+    def split_quantizer(self, layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+        """Activation function and quantizer of a call of this proxy, or of the layer around it; None: it does more.
+
+        `storage.prepare_stored` packs what is between the two.
+        """
+        plain = layer is self or (
+            isinstance(layer, QuantNonLinearActLayer)
+            and layer.act_quant is self
+            and not layer.return_quant_tensor
+            and not layer.input_quant.is_quant_enabled
+        )
+        if not plain or self._observing or self.export_mode or self.quantizer.state != "frozen":
+            return None
+        return self.fused_activation_quant_proxy.activation_impl, self.quantizer
+
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by torch.jit.script.
 

@@ -139,7 +139,8 @@ def get_qconfig_mapping(
     Args:
         method: for every layer; None: float unless set for a layer.
         weight_bits, weight_scheme: see `weight_constructor`.
-        skip: "first", "last" (the first and last layer with a weight), or names of modules to leave float.
+        skip: "first", "last" (the first and last layer with a weight), "ends" (both, where there are more than three
+            such layers), or names of modules to leave float.
 
     Raises:
         NotAMethod, InvalidMethod.
@@ -156,8 +157,21 @@ def get_qconfig_mapping(
     return mapping
 
 
-direct_qconfig = get_qconfig_mapping(Direct())
-dqa_qconfig = get_qconfig_mapping(DQA())
-noisyquant_qconfig = get_qconfig_mapping(NoisyQuant())
-dense_sparse_qconfig = get_qconfig_mapping(DenseSparse())
-qpp_qconfig = get_qconfig_mapping(DenseSparse(qparams=QPP()))
+# what docs/results/default_settings.json measured as the sensible default of each method
+READY_MADE: dict[str, Method] = {
+    "direct_qconfig": Direct(granularity="channel"),
+    "dqa_qconfig": DQA(granularity="channel"),
+    "noisyquant_qconfig": NoisyQuant(granularity="channel"),
+    "dense_sparse_qconfig": DenseSparse(),
+    "qpp_qconfig": DenseSparse(qparams=QPP()),
+}
+
+
+def ready_made(name: str) -> PluginQConfigMapping:
+    """A fresh mapping each time, so that setting a layer in it changes nobody else's; the first and the last layer of
+    networks with more than three stay float.
+
+    Args:
+        name: a key of `READY_MADE`.
+    """
+    return get_qconfig_mapping(READY_MADE[name], skip=("ends",))

@@ -27,6 +27,7 @@ from .host import (
     Quantizer,
     annotation_class,
 )
+from .names import TRAINED_NORM
 from .observer import PT2EObserver, PT2EWeight, WeightRange
 from .place import Described, describe, place
 from .sharing import Placed, Shared
@@ -81,7 +82,8 @@ class PluginQuantizer(Quantizer):
 
     Args:
         weight_bits, weight_scheme: see `weight_spec`.
-        skip: "first", "last" (the first and last layer with a weight), or names of modules to leave float.
+        skip: "first", "last" (the first and last layer with a weight), "ends" (both, where there are more than three
+            such layers), or names of modules to leave float.
 
     Raises:
         InvalidMethod, NotAMethod; an unknown name when the model is prepared.
@@ -128,8 +130,14 @@ class PluginQuantizer(Quantizer):
 
         Raises:
             InvalidMethod: a name given to `skip` or set_module_name is nowhere in the model.
+            UnsupportedCombination: a batch norm was exported in training mode, or torchao quantizes no such weight.
         """
         require_float(model, "PluginQuantizer")
+        if TRAINED_NORM in model.meta:
+            raise UnsupportedCombination(
+                f"'{model.meta[TRAINED_NORM]}' is a batch norm in training mode, and prepare_pt2e folds it as if it "
+                "were not. Call .eval() on the model before it is exported, or train it with prepare_qat_pt2e."
+            )
         graph = describe(model.graph)
         skipped = self._check_names(graph.operations)
         taken = {op for op, unit in graph.units.items() if any(ANNOTATION in node.meta for node in unit.nodes)}

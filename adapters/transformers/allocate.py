@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dqa_plugins.errors import InvalidMethod
+from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.rounding import power_of_two
 from dqa_plugins.storage.coder.histograms import entropy_bits
 
@@ -23,8 +24,8 @@ from .settings import TensorSettings
 from .tables import coded_bits, codes_of, shared_codebooks
 
 _ROUNDS = 4  # corrections of the order-0 estimate by the tables that are really made
-_STEPS = 16  # bisection steps
-_TOKENS = 512  # of the estimate
+_STEPS = 12  # bisection steps
+_TOKENS = 256  # of the estimate
 
 
 def allocate_steps(
@@ -56,7 +57,7 @@ def allocate_steps(
 
     beyond, best, miss = 0.0, None, np.inf
     for _ in range(_ROUNDS):
-        low, high = -40.0, 20.0
+        low, high = -32.0, 16.0
         for _ in range(_STEPS):
             middle = (low + high) / 2
             low, high = (middle, high) if estimate(middle) + beyond > target else (low, middle)
@@ -77,7 +78,7 @@ def _with_steps(tensors: Sequence[TensorSettings], roots: Sequence[Tensor], leve
     return [replace(t, quantizer=_with_step(t, (2.0**level / r).float())) for t, r in zip(tensors, roots, strict=True)]
 
 
-def _with_step(t: TensorSettings, step: Tensor) -> object:
+def _with_step(t: TensorSettings, step: Tensor) -> ActivationQuantizer:
     quantizer = copy.deepcopy(t.quantizer)
     extra = torch.zeros(len(step), dtype=torch.int64)
     if quantizer.method.has_important_channels:

@@ -53,10 +53,8 @@ class BlockStore:
     def append(self, blocks: Blocks, more: Blocks) -> Blocks:
         """Blocks of a sequence, and the ones behind them."""
         if all(isinstance(b, Segment) for b in (*blocks, *more)):
-            for segment in more:
-                blocks = appended(blocks, segment)  # type: ignore[arg-type]
-            return blocks
-        return (*blocks, *more)  # type: ignore[return-value]
+            return functools.reduce(appended, more, blocks)  # type: ignore[arg-type]
+        return (*blocks, *more)
 
     def part(self, blocks: Blocks, first: int, last: int) -> Blocks:
         """Blocks `first` to `last` - 1."""
@@ -73,7 +71,7 @@ class BlockStore:
 
         They may run in any order, in several threads, and raise CorruptFrame where data contradict themselves.
         """
-        found = []
+        found: list[Callable[[], None]] = []
         for target, row in zip(out, rows, strict=True):
             number = 0
             for b in row:
@@ -85,13 +83,14 @@ class BlockStore:
         return found
 
     def _read(self, b: Segment | PackedActivation, skip: int, target: Tensor, start: int, count: int) -> None:
-        if not isinstance(b, Segment):
+        if isinstance(b, PackedActivation):
             target[:, start : start + self.block] = self._unpacked(b)
-        elif target.dtype == torch.float32:
-            self.coder.decode(b, skip, self.settings.center, target, start)
-        else:
-            values = torch.empty(self.heads, count * self.block, self.width)
-            self.coder.decode(b, skip, self.settings.center, values, 0)
+            return
+        direct = target.dtype == torch.float32
+        values = target if direct else torch.empty(self.heads, count * self.block, self.width)
+        assert self.coder is not None  # segments come from it
+        self.coder.decode(b, skip, self.settings.center, values, start if direct else 0)
+        if not direct:
             target[:, start : start + values.shape[1]] = values
 
     def _unpacked(self, frame: PackedActivation) -> Tensor:

@@ -31,6 +31,8 @@ class PackedCache(Cache):
         StateMismatch: the settings are another model's.
     """
 
+    layers: list[PackedLayer]  # type: ignore[assignment]
+
     def __init__(self, settings: CacheSettings, config: PreTrainedConfig | None = None) -> None:
         if config is not None:
             settings.require(config)
@@ -41,7 +43,7 @@ class PackedCache(Cache):
         for pair, sliding in zip(settings.layers, settings.sliding, strict=True):
             keys, values = (BlockStore(t, settings.block, settings.coders.get(t.quantizer.name)) for t in pair)
             layers.append(PackedLayer((keys, values), settings.window, settings.first, sliding, self.workspace))
-        super().__init__(layers=layers)
+        super().__init__(layers=layers)  # type: ignore[arg-type]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -63,7 +65,7 @@ class PackedCache(Cache):
             raise
         if all(layer.pending is not None for layer in self.layers):
             for layer in self.layers:
-                layer.state, layer.pending = layer.pending, None
+                layer.commit()
             self._complete, self._failed = True, False
         return found
 

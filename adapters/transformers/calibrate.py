@@ -77,7 +77,7 @@ class _Recording(DynamicCache):
             if self.leaves:
                 x.retain_grad()
         self.seen[layer_idx] = pair
-        return super().update(*pair, layer_idx, *args, **kwargs)
+        return super().update(pair[0], pair[1], layer_idx, *args, **kwargs)
 
 
 def calibrate_cache(
@@ -127,7 +127,7 @@ def decide(
     tensors = [_tensor(record, method) for record in flat]
     if target_bits is not None:
         tensors = allocate_steps(tensors, rows, [r.sensitivity for r in flat], float(target_bits), block)
-    elif coding == "joint" and all(t.book.kind == "grid" and t.by_channel for t in tensors):
+    elif coding == "joint" and all(t.has_steps for t in tensors):
         tensors = shared_codebooks(tensors, rows, block)
     elif coding != "none":
         seen = [as_seen(r - t.center[:, None], t.heads, t.by_channel) for t, r in zip(tensors, rows, strict=True)]

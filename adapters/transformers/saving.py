@@ -118,7 +118,7 @@ def _state(i: int, described: Any, tensors: dict[str, Tensor], layer: PackedLaye
         raise CorruptFrame(f"layer {i}: {heads[0].shape[2]} first tokens, the settings keep {layer.first}.")
     layer.record_past = bool(described["past"])
     rows = tuple(zip(*columns, strict=True))
-    return State((heads[0], heads[1]), rows, (tails[0], tails[1]), blocks, length)  # type: ignore[arg-type]
+    return State((heads[0], heads[1]), rows, (tails[0], tails[1]), blocks, length)
 
 
 def _blocks(store: BlockStore, name: str, tensors: dict[str, Tensor], device: torch.device) -> Blocks:

@@ -24,6 +24,7 @@ from dqa_plugins.storage.coder.segments import BlockCoder
 from dqa_plugins.storage.format.codebook import Codebook
 from dqa_plugins.storage.format.layout import Group, Layout
 from dqa_plugins.storage.format.section import read_codebook, write_codebook
+from dqa_plugins.storage.tables import check_codebook
 
 from .host import PreTrainedConfig, identity
 
@@ -55,6 +56,11 @@ class TensorSettings:
         """Whether a channel has its own step, the same for all tokens; else a token has its own."""
         return self.quantizer.method.source == "static"
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether every channel has a static step and nothing else, so that blocks can be segments."""
+        return self.by_channel and self.book.kind == "grid" and self.book.channels == self.heads * self.width
+
 
 @dataclass(frozen=True, eq=False)
 class CacheSettings:
@@ -85,14 +91,14 @@ class CacheSettings:
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= 2**20:
                 raise InvalidMethod(f"{name}={value!r}: a number of tokens from {low} to {2**20}.")
 
-    def replace(self, **fields: int) -> CacheSettings:
+    def replace(self, **fields: Any) -> CacheSettings:
         """A copy with another window, block or first."""
         return replace(self, **fields)
 
     @cached_property
     def coders(self) -> dict[str, BlockCoder]:
         """Coders of the tensors with a step per channel, by name; tables that layers share are held once."""
-        coded = [t for layer in self.layers for t in layer if t.by_channel and t.book.kind == "grid"]
+        coded = [t for layer in self.layers for t in layer if t.has_steps]
         tables = {_content(g): g for t in coded for g in t.book.groups}
         found: dict[str, BlockCoder] = {}
         plan = None
@@ -205,7 +211,8 @@ def _load_layer(i: int, described: Mapping[str, Any], tensors: Mapping[str, Tens
         quantizer = ActivationQuantizer(method_from_dict(described["method"]), name=f"{i}.{part}")
         state = {k.removeprefix(prefix + "quantizer."): v for k, v in tensors.items() if k.startswith(prefix + "quant")}
         quantizer.load_state_dict({**quantizer.state_dict(), **state})
-        book = replace(read_codebook(memoryview(tensors[prefix + "book"].numpy())), name=quantizer.name)
+        book = replace(read_codebook(memoryview(tensors[prefix + "book"].numpy().tobytes())), name=quantizer.name)
+        check_codebook(book, quantizer)
         center = tensors[prefix + "center"]
         if quantizer.state != "frozen" or center.shape != (heads * width,) or center.dtype != torch.float32:
             raise StateMismatch(f"{prefix[:-1]}: {quantizer.state} quantizer, centre of {tuple(center.shape)}.")

@@ -22,7 +22,7 @@ from .settings import CacheSettings, TensorSettings
 
 TABLES = 8  # at most, for each code width
 _ROUNDS = 8  # of Lloyd's algorithm
-_TOKENS = 1024  # neighbours that words are counted on
+_TOKENS = 512  # neighbours that words are counted on
 _SYMBOLS = 1024  # of a block for each table: a chunk has lengths to keep, whatever its size
 
 

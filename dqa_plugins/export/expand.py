@@ -27,15 +27,15 @@ def plain_fake_quantize(x: Tensor, *arguments: Any) -> Tensor:
 def expand(
     program: ExportedProgram,
     quantizer: Callable[..., Tensor] = plain_fake_quantize,
-    weight: Callable[[Node], Callable[..., Tensor]] | None = None,
+    weight: Callable[[Node], Callable[..., Tensor] | None] = lambda node: None,
 ) -> ExportedProgram:
     """A program without our operators, and without stack traces and local paths; the one given is not changed.
 
     Args:
         program: of `make_program`.
         quantizer: what each fake_quantize call becomes: a function of the operator's arguments.
-        weight: gives for each dequantize call what it becomes: a function of the operator's arguments. None: a float
-            constant.
+        weight: gives for each dequantize call what it becomes: a function of the operator's arguments, or None: a
+            float constant.
     """
     return _Expansion(program).run(quantizer, weight)
 
@@ -76,7 +76,7 @@ class _Expansion:
 
     @torch.no_grad()
     def run(
-        self, quantizer: Callable[..., Tensor], weight: Callable[[Node], Callable[..., Tensor]] | None
+        self, quantizer: Callable[..., Tensor], weight: Callable[[Node], Callable[..., Tensor] | None]
     ) -> ExportedProgram:
         weights: dict[str, Node] = {}
         for node in list(self.graph.nodes):
@@ -85,7 +85,8 @@ class _Expansion:
                 if key in weights:
                     self._reuse(node, weights[key])
                 else:
-                    weights[key] = self._fold(node) if weight is None else self._splice(node, weight(node))
+                    function = weight(node)
+                    weights[key] = self._fold(node) if function is None else self._splice(node, function)
             elif node.op == "call_function" and node.target is FAKE_QUANTIZE:
                 self._splice(node, quantizer)
         self._drop_unused()

@@ -78,26 +78,35 @@ class Forms:
 
     Attributes:
         sites, weights: what was chosen for each, see `ExportedFile`.
+        closed: parts of the names of operators that compute in integers only if their output is integers, too.
+        signed: whether 8-bit codes are int8; None: see above.
     """
+
+    closed: tuple[str, ...] = ("conv",)
+    signed: bool | None = None
 
     def __init__(self, program: ExportedProgram, opset: int) -> None:
         self.version = 21 if opset >= 21 else 19 if opset >= 19 else 13
         self.sites: dict[str, str] = {}
         self.forms: dict[tuple[str, int], QDQForm] = {}
         grids: dict[tuple[str, int], Grid] = {}
+        codes = integer_weights(program)
         for node in calls(program, FAKE_QUANTIZE):
             x, *arguments, site = node.args
             value = x.meta["val"]  # type: ignore[union-attr]
             values = tree_map_only(Node, lambda argument: constant_of(program, argument), arguments)
             static = all(constant_of(program, a) is not None for a in tree_leaves(arguments) if isinstance(a, Node))
             grid = grid_of(*values) if static else None
-            reason = unsupported(grid, value.dtype) or _beside_float_weights(program, node)
+            reason = (
+                unsupported(grid, value.dtype)
+                or _beside_float_weights(program, node)
+                or (_of_tokens(grid) if codes else None)
+            )
             if grid is None or reason:
                 self.sites[str(site)] = f"float: {reason}"
             else:
                 grids[str(site), value.ndim] = grid
-        codes = integer_weights(program)
-        signed = all(_end(grid.low, min) < 0 for grid in grids.values())
+        signed = all(_end(grid.low, min) < 0 for grid in grids.values()) if self.signed is None else self.signed
         for (site, rank), grid in grids.items():
             form = self.forms[site, rank] = QDQForm(grid, signed, compact=opset >= INT4_OPSET and not codes)
             self.sites.setdefault(site, form.type + ("" if form.axis is None else " per channel"))
@@ -105,18 +114,21 @@ class Forms:
         self.beside_integers = {w.name for w in calls(program, DEQUANTIZE) if self._beside_integers(program, w)}
 
     def _beside_integers(self, program: ExportedProgram, weight: Node) -> bool:
-        """Whether all that a weight meets is integers with one scale, and what a convolution makes of them, too."""
+        """Whether all that a weight meets is integers with one scale, and what a closed operator makes of them, too."""
         readers = _readers(weight)
         met = {_origin(source) for reader in readers for source in reader.all_input_nodes} - {weight}
-        convolutions = [reader for reader in readers if "conv" in str(reader.target)]
-        made = [node for reader in convolutions for node in _readers(reader, *_CLAMPING)]
+        closed = [reader for reader in readers if any(part in str(reader.target) for part in self.closed)]
+        made = [node for reader in closed for node in _readers(reader, *_CLAMPING)]
         return all(self._scalar(node) for node in [*met, *made] if constant_of(program, node) is None)
 
     def _scalar(self, node: Node) -> bool:
         if node.target is not FAKE_QUANTIZE:
             return False
         form = self.forms.get((str(node.args[-1]), node.meta["val"].ndim))
-        return form is not None and form.scalar
+        return form is not None and self._integer(form)
+
+    def _integer(self, form: QDQForm) -> bool:
+        return form.scalar
 
     def quantizer(self, x: Tensor, *arguments: Any) -> Tensor:
         """A fake_quantize call: traced by the exporter, not computed."""
@@ -125,8 +137,8 @@ class Forms:
             return plain_fake_quantize(x, *arguments)
         return form(x, grid_of(*arguments[:-1]), self.version)
 
-    def weight(self, node: Node) -> Callable[..., Tensor]:
-        """What a dequantize call becomes."""
+    def weight(self, node: Node) -> Callable[..., Tensor] | None:
+        """What a dequantize call becomes; None: a float constant."""
         return self._dequantize_linear if node.name in self.beside_integers else plain_dequantize
 
     def _dequantize_linear(
@@ -161,6 +173,13 @@ def _beside_float_weights(program: ExportedProgram, node: Node) -> str | None:
     return "the weights that it meets are float" if any(w.is_floating_point() for w in weights) else None
 
 
+def _of_tokens(grid: Grid | None) -> str | None:
+    """Why an activation with a scale for each channel of its last axis must not look like integers."""
+    if grid is None or grid.step.ndim == 0 or grid.step.shape[-1] == 1:
+        return None
+    return "OpenVINO 2026.4 computes matrix products beside per-channel integers wrongly"
+
+
 def weight_type(codes: Tensor, opset: int) -> str:
     """int4 or int8, uint4 or uint8: the narrowest type of the file that holds the codes of a weight."""
     signed = codes.dtype == torch.int8
@@ -181,9 +200,9 @@ class QDQForm:
     def __init__(self, grid: Grid, signed: bool, compact: bool) -> None:
         low, high = _end(grid.low, min), _end(grid.high, max)
         self.width = 4 if compact and grid.zero_point is None and grid.width() <= 4 else 8
-        self.signed = low < 0 if self.width == 4 else signed
-        self.type = f"{'' if self.signed else 'u'}int{self.width}"
         self.axis = next((i for i in range(-grid.step.ndim, 0) if grid.step.shape[i] > 1), None)
+        self.signed = signed if self.width == 8 and self.axis is None else low < 0
+        self.type = f"{'' if self.signed else 'u'}int{self.width}"
         full = code_range(self.width, self.signed)
         self.moved = full[0] - code_range(self.width, low < 0)[0]
         self.zero = self.moved + (0 if grid.zero_point is None else int(grid.zero_point))
@@ -193,7 +212,7 @@ class QDQForm:
         self.saturates = same and (low + self.moved, high + self.moved) == full
         self.compact = compact
         self.scalar = self.axis is None and grid.bias is None
-        self.positive = bool((grid.step > 0).all())
+        self.step = float(grid.step.min())
 
     def __call__(self, x: Tensor, grid: Grid, version: int) -> Tensor:
         """Fake-quantize x, (B, ...): traced by the exporter, not computed.
@@ -208,7 +227,7 @@ class QDQForm:
                 y = torch.minimum(torch.maximum(y, grid.low * grid.step), grid.high * grid.step)
         attributes: dict[str, Any] = {} if self.axis is None else {"axis": self.axis + x.ndim}
         scale = grid.step.reshape([] if self.axis is None else [-1])
-        divisor = scale if self.positive else torch.where(scale > 0, scale, 1.0)
+        divisor = scale if self.step > 0 else torch.where(scale > 0, scale, 1.0)
         kind: Any = _ONNX_TYPE[self.type]
         zero: tuple[Tensor, ...] = ()
         typed = attributes

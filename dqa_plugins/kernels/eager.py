@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,13 +30,13 @@ _NARROW = (torch.float16, torch.bfloat16)
 Array = NDArray[Any]
 
 
-def usable(x: Tensor) -> bool:
-    """True where kernels may take the place of aten operations on x: float32, float16 or bfloat16, in eager mode."""
+def usable(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, *_NARROW)) -> bool:
+    """True where kernels may take the place of aten operations on x, a tensor of these dtypes, in eager mode."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN
         and x.is_cpu
-        and (x.dtype is torch.float32 or x.dtype in _NARROW)
+        and x.dtype in dtypes
         and x.layout is torch.strided
         and x.numel() > 0
         and not x.is_neg()
@@ -49,15 +48,14 @@ def usable(x: Tensor) -> bool:
 
 
 class Rows(NamedTuple):
-    """Memory as rows of `inner` values: samples * free * count of them, or samples * free where `along`.
+    """Memory as rows of `inner` values: samples * free * channels of them, or samples * free where `along`.
 
-    Groups are samples * count rows' worth of values (each channel of each sample) or, where `along`, each position of a
-    row in each sample.
+    A group is a channel of a sample; where `along`, that is a position in the rows of a sample.
     """
 
     inner: int
     free: int
-    count: int
+    channels: int
     along: bool
     samples: int
 
@@ -169,7 +167,8 @@ def table_of(x: Tensor, parameters: tuple[Tensor | float | None, ...]) -> Table 
     Returns:
         None where a parameter is not float32, or differs along other axes than the batch and one more.
     """
-    shape, axes, found = x.shape, set(), []
+    shape, axes = x.shape, set[int]()
+    found: list[Any] = []
     for p in parameters:
         if isinstance(p, Tensor):
             if p.dtype is not torch.float32 or not p.is_cpu or p.ndim > x.ndim:
@@ -196,18 +195,18 @@ def table_of(x: Tensor, parameters: tuple[Tensor | float | None, ...]) -> Table 
     return Table(values, axes.pop() if axes else 0, keeps or zero is not None or bias is not None, keeps)
 
 
-def derive(unit: Table, axis: int, extents: Sequence[Tensor], steps: float, *, ranged: bool, predicted: bool) -> Table:
+def derive(unit: Table, axis: int, extents: Tensor, steps: float, *, ranged: bool, predicted: bool) -> Table:
     """The table of samples with these extents, as `ranges.qparams_of` and `Method.grid` have it.
 
     Args:
         unit: the Grid of scale 1; where `ranged`, a Grid of any range.
         axis: of the C channels, not negative.
-        extents: (B, G) float32 each, see `tables.derive` for the rest.
+        extents: (B, S, G) float32, see `tables.derive` for the rest.
     """
     from .tables import derive as kernel
 
-    known = np.stack([extent.detach().numpy() for extent in extents])
-    out = np.empty((len(unit.values), known.shape[1], max(known.shape[2], unit.values.shape[2])), np.float32)
+    known = np.ascontiguousarray(extents.detach().numpy())
+    out = np.empty((len(unit.values), len(known), max(known.shape[2], unit.values.shape[2])), np.float32)
     kernel(unit.values, known, np.float32(steps), ranged, unit.keeps, predicted, out)
     return Table(out, axis, unit.full, unit.keeps)
 
@@ -278,16 +277,17 @@ def extremes(x: Tensor, axis: int | None) -> Extremes:
     return Extremes(low, high, flags == 0, flags > 1)
 
 
-def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> Tensor:
+def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> Tensor | None:
     """Exact order statistics, without a sort.
 
     Args:
-        rows: (R, N) float32 without NaN; a row has no gaps, or is copied.
+        rows: (R, N) float32; a row has no gaps, or is copied.
         ranks: ascending from 0.
         magnitude: of |x|, not of x.
 
     Returns:
-        (R, ranks, 2) float32: the value at each rank and the next one (the last one if there is none).
+        (R, ranks, 2) float32: the value at each rank and the next one (the last one if there is none); None: a value
+        is NaN.
     """
     from .observe import select
 
@@ -295,8 +295,26 @@ def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> T
     count, size = rows.shape
     found = np.empty((count, len(ranks), 2), np.int32)
     mask = np.int32(0x7FFFFFFF if magnitude else -1)
-    _run(select, (flat(rows).view(np.int32), size, mask, np.array(ranks, np.int64), found), count, size)
-    return torch.from_numpy(found.view(np.float32))
+    nan = _run(select, (flat(rows).view(np.int32), size, mask, np.array(ranks, np.int64), found), count, size)
+    return None if any(nan) else torch.from_numpy(found.view(np.float32))
+
+
+def sums(x: Tensor, axis: int | None, lower: Tensor, upper: Tensor) -> Tensor:
+    """Of each channel along `axis` of each sample of x, (B, ...); None: of each sample. In one pass.
+
+    Args:
+        lower, upper: (B, G) float32, G = 1 or the channels: the range that values are counted outside of.
+
+    Returns:
+        (B, C or 1, 4) float64: sum, sum of magnitudes, sum of squares, number of values outside.
+    """
+    from .predict import sums as kernel
+
+    y, rows = _dense(x, True, axis)
+    found = np.empty((x.shape[0], 1 if axis is None else x.shape[axis], 4))
+    ends = (np.ascontiguousarray(end.detach().numpy()) for end in (lower, upper))
+    _run(kernel, (flat(y), *ends, found, *rows[:4]), rows.samples, y.numel() // rows.samples)
+    return torch.from_numpy(found)
 
 
 def by_group(x: Tensor, axis: int | None) -> Tensor:

@@ -22,7 +22,7 @@ from .memory import compress_between
 
 _u = np.uint64
 _LEAST, _MOST = np.int32(-(2**31)), np.int32(2**31 - 1)
-_SAMPLE = 256
+_SAMPLE = 128
 _INFINITY = np.int32(0x7F800000)  # its bits and its key; ~ gives the key of -inf
 
 
@@ -142,18 +142,26 @@ def _above(x, begin, size, mask, bound):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _bracket(x, begin, size, mask, rank, sample):  # type: ignore[no-untyped-def]
-    """Keys low < high that probably have the rank between them, order statistics of a sample, and one that is there."""
+def _bracket(x, begin, size, mask, rank, alike, sample):  # type: ignore[no-untyped-def]
+    """Keys low < high that probably have the rank between them: order statistics of a sample.
+
+    Args:
+        alike: many values are: then one value and the next.
+    """
     stride = size // _SAMPLE
     for i in range(_SAMPLE):  # one value of each stretch, at changing places: images have periods
-        sample[i] = key(x[begin + i * stride + (i * 40503 >> 4) % stride] & mask)
+        sample[i] = key(x[begin + i * stride + ((i * 40503 & 0xFFFF) * stride >> 16)] & mask)
     share = (rank + 0.5) / size
     spread = 3.5 * math.sqrt(share * (1 - share) * _SAMPLE) + 2
     lowest, highest = int(share * _SAMPLE - spread), int(share * _SAMPLE + spread)
-    high = _smallest(sample, _SAMPLE, highest) if highest < _SAMPLE else _MOST
-    least = _smallest(sample, _SAMPLE, max(lowest, 0))
-    low = least if lowest >= 0 else _LEAST
-    return low, max(high, np.int32(least + 1)), least
+    low, high = _LEAST, _MOST
+    if lowest >= 0 or alike:
+        low = _smallest(sample, _SAMPLE, max(lowest, 0))
+    if alike:
+        high = low
+    elif highest < _SAMPLE:
+        high = _smallest(sample, _SAMPLE, highest)
+    return low, max(high, np.int32(low + 1))
 
 
 @kernel
@@ -165,9 +173,7 @@ def _select(x, begin, size, mask, rank, sample, room, out):  # type: ignore[no-u
     source, start, left, bits, offset, turn = x, begin, size, mask, 0, 0
     poor = same = False
     while left > 2 * _SAMPLE and not same:
-        low, high, there = _bracket(source, start, left, bits, rank - offset, sample)
-        if poor:  # many values are alike: take one value away
-            low, high = there, np.int32(there + 1)
+        low, high = _bracket(source, start, left, bits, rank - offset, poor, sample)
         found, above = _collect(source, start, left, bits, low, high, room[turn])
         below = left - found - above
         if rank - offset < below:
@@ -190,9 +196,12 @@ def _select(x, begin, size, mask, rank, sample, room, out):  # type: ignore[no-u
             source = room[0]
         for i in range(left):
             source[i] = key(source[i])
-        if inside:
-            out[1] = _smallest(source, left, following - offset)
         out[0] = _smallest(source, left, rank - offset)
+        out[1] = out[0]
+        if inside and following > rank:  # the smallest of what selection left behind it
+            out[1] = source[following - offset]
+            for i in range(following - offset, left):
+                out[1] = min(out[1], source[i])
     if not inside:
         out[1] = _above(x, begin, size, mask, out[0])
 
@@ -202,14 +211,24 @@ def select(x, size, mask, ranks, out, first, last):  # type: ignore[no-untyped-d
     """Order statistics of rows.
 
     Args:
-        x: (N,) int32, the bits of float32 values: rows of `size` values side by side, none of them NaN.
+        x: (N,) int32, the bits of float32 values: rows of `size` values side by side.
         mask: int32, laid over the bits: 0x7fffffff for magnitudes, -1 for the values.
         ranks: (R,) int64, ascending from 0.
         out: (rows, R, 2) int32, written: bits of the values at each rank and the next one (the last if there is none).
         first, last: the range of rows.
+
+    Returns:
+        whether a value is NaN: then `out` is meaningless.
     """
     room, sample = np.empty((2, size + 16), np.int32), np.empty(_SAMPLE, np.int32)
     for row in range(first, last):
+        least, most = _ends(x, row * size, (row + 1) * size)
+        if least < ~_INFINITY or most > _INFINITY:
+            return True
         for r in range(ranks.size):
-            _select(x, row * size, size, mask, ranks[r], sample, room, out[row, r])
+            if ranks[r] == size - 1:  # magnitudes are their own keys
+                out[row, r] = most if mask == -1 else max(key(most) & mask, key(least) & mask)
+            else:
+                _select(x, row * size, size, mask, ranks[r], sample, room, out[row, r])
             out[row, r, 0], out[row, r, 1] = _value(out[row, r, 0]), _value(out[row, r, 1])
+    return False

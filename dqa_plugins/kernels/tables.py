@@ -16,7 +16,7 @@ def derive(unit, extents, steps, ranged, keep, predicted, out):  # type: ignore[
 
     Args:
         unit: (ROWS, 1, C or 1) float32: the Grid of scale 1; where `ranged`, only its codes count.
-        extents: (S, B, G) float32; where `ranged`, of both sides, or of the upper one: then the lower end is 0.
+        extents: (B, S, G) float32; where `ranged`, of both sides, or of the upper one: then the lower end is 0.
         steps: float32, steps from zero to the extent; where `ranged`, half of those from end to end.
         keep: whether values beyond the range stay as they are.
         predicted: whether the parameters are made valid, as `ranges.valid` does.
@@ -29,8 +29,8 @@ def derive(unit, extents, steps, ranged, keep, predicted, out):  # type: ignore[
             for row in range(out.shape[0]):
                 out[row, b, c] = unit[row, 0, u]
             if ranged:
-                upper = extents[-1, b, g]
-                lower = -extents[0, b, g] if extents.shape[0] > 1 else zero
+                upper = extents[b, -1, g]
+                lower = -extents[b, 0, g] if extents.shape[1] > 1 else zero
                 if predicted:
                     least = lower + abs(lower) * np.float32(1e-6) + _LEAST
                     upper = upper if upper > least or upper != upper else least
@@ -43,7 +43,7 @@ def derive(unit, extents, steps, ranged, keep, predicted, out):  # type: ignore[
                 if keep:
                     out[LOWER, b, c], out[UPPER, b, c] = lower, upper
             else:
-                scale = extents[0, b, g] / steps
+                scale = extents[b, 0, g] / steps
                 if predicted:
                     scale = _LEAST if scale < _LEAST else scale
                 step = unit[STEP, 0, u] * scale

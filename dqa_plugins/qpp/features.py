@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins.method import Method
+from dqa_plugins.kernels import eager
+from dqa_plugins.method import Extent, Method
 from dqa_plugins.operators import as_node
-from dqa_plugins.ranges import extents, grouped, lay_out, quantiles
+from dqa_plugins.ranges import extents, grouped, lay_out, quantiles, selected
 from dqa_plugins.rounding import cast, compute_dtype
 
 LEVELS = (0.9, 0.99, 0.999)
@@ -68,27 +69,43 @@ def site_features(x: Tensor, mode: str) -> Tensor:
 def _site_features(x: Tensor, mode: str) -> Tensor:
     values = cast(x, compute_dtype(x.dtype))
     if mode == "paper":
-        return torch.stack(_summary(values.flatten(1)), 1)
-    logs = _summary(values.abs().flatten(1))
+        return torch.stack(_summary(values.flatten(1), magnitude=False), 1)
+    logs = _summary(values.flatten(1))
     for axis in (-1, -2):
         if x.ndim == 4 and x.shape[axis] > 1:
             size = x.shape[axis] - 1
             slope = values.narrow(axis, 1, size) - values.narrow(axis, 0, size)
-            logs += [q + 1e-6 for q in _summary(slope.abs().flatten(1))[:-1]]
+            logs += [q + 1e-6 for q in _summary(slope.flatten(1))[:-1]]
         else:
             logs += [torch.ones_like(logs[0])] * (len(LEVELS) + 1)
     flat = values.flatten(1)
-    mean = mean_of(flat)
-    spread = (mean_of(flat.square()) - mean.square()).clamp(0, LARGEST).sqrt()
+    if eager.usable(flat):
+        mean, _, square = _means(flat)
+    else:
+        mean, square = mean_of(flat), mean_of(flat.square())
+    spread = (square - mean.square()).clamp(0, LARGEST).sqrt()
     raw = [q.double() for q in quantiles(flat, RAW_LEVELS)]
     relative = torch.stack([*raw, mean, spread], 1) / logs[SCALE].clamp(min=SMALLEST).unsqueeze(1)
     return torch.cat([log(torch.stack(logs, 1)), relative], 1)
 
 
-def _summary(flat: Tensor) -> list[Tensor]:
-    """Quantiles, mean and maximum of (B, N), each (B,) float64."""
+def _means(flat: Tensor) -> list[Tensor]:
+    """Mean, mean magnitude and mean square of (B, N) in one pass, each (B,) float64."""
+    nowhere = torch.zeros(len(flat), 1)
+    return list((eager.sums(flat, None, nowhere, nowhere)[:, 0, :3] / flat.shape[1]).unbind(1))
+
+
+def _summary(flat: Tensor, *, magnitude: bool = True) -> list[Tensor]:
+    """Quantiles, mean and maximum of (B, N), or of its magnitudes, each (B,) float64."""
+    if eager.usable(flat) and (found := selected(flat, _extents(magnitude))):
+        return [*(q.double() for q in found[:-1]), _means(flat)[int(magnitude)], found[-1].double()]
+    flat = flat.abs() if magnitude else flat
     mean = mean_of(flat)
     return [*(q.double() for q in quantiles(flat, LEVELS)), mean, flat.amax(1).double()]
+
+
+def _extents(magnitude: bool) -> list[Extent]:
+    return [Extent("magnitude" if magnitude else "upper", level) for level in (*LEVELS, 1.0)]
 
 
 def channel_features(x: Tensor, axis: int) -> Tensor:
@@ -101,9 +118,14 @@ def channel_features(x: Tensor, axis: int) -> Tensor:
     Returns:
         (B, 2 * min(C, 64)) float64; more channels are averaged in groups of neighbours.
     """
-    values = grouped(x, "channel", axis)  # in float32: squares of half precision overflow from 256 on
-    mean, square = mean_of(values.abs()), mean_of(values.square())
-    channels = values.shape[1]
+    channels = x.shape[axis]
+    if eager.usable(x):
+        nowhere = torch.zeros(len(x), 1)
+        known = eager.sums(x, axis % x.ndim, nowhere, nowhere) / (x[0].numel() // channels)
+        mean, square = known[..., 1], known[..., 2]
+    else:
+        values = grouped(x, "channel", axis)  # in float32: squares of half precision overflow from 256 on
+        mean, square = mean_of(values.abs()), mean_of(values.square())
     if channels > MOST_CHANNELS:
         groups = torch.arange(channels, device=x.device) * MOST_CHANNELS // channels
         member = (groups[:, None] == torch.arange(MOST_CHANNELS, device=x.device)).double()
@@ -193,8 +215,22 @@ class Summary(nn.Module):
         found = as_node(self, (x, prediction), (SUMMARY_FEATURES + channels,), torch.float64)
         if found is not None:
             return found
+        if eager.usable(x):
+            sides = prediction.to(torch.float32).unbind(1)
+            return self._by_kernel(x, -sides[0], sides[-1])
         flat = x.flatten(1)
         count = flat.shape[1]
         share = (outside(x, prediction, self.axis) + 1.0) / count
         mean = mean_of(flat.abs())
         return torch.cat([torch.stack([log(share), log(mean)], 1), channel_features(x, self.axis)], 1)
+
+    def _by_kernel(self, x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        """One pass over x, and no small tensors."""
+        from dqa_plugins.kernels.predict import summary
+
+        known = eager.sums(x, self.axis % x.ndim, lower, upper)
+        channels = known.shape[1]
+        out = torch.empty((len(x), SUMMARY_FEATURES + 2 * min(channels, MOST_CHANNELS)), dtype=torch.float64)
+        size = x[0].numel() // channels
+        summary(known.numpy(), size, MOST_CHANNELS, SMALLEST, LARGEST, out.numpy())
+        return out

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dqa_plugins.errors import DQAWarning, StateMismatch
 from dqa_plugins.grid import QParams
+from dqa_plugins.kernels import eager
 from dqa_plugins.method import Method
 from dqa_plugins.ranges import lay_out, qparams_of, resolved, valid
 from dqa_plugins.rounding import compute_dtype
 from dqa_plugins.source import Site
 from dqa_plugins.state import StateModule
 
-from .features import SCALE, SUMMARY_FEATURES, OwnStatistic, Summary, site_features, site_size, sum_of
+from .features import (
+    PAPER_FEATURES,
+    SCALE,
+    SLOPES,
+    SUMMARY_FEATURES,
+    OwnStatistic,
+    Summary,
+    site_features,
+    site_size,
+    sum_of,
+)
 from .radial import radial
 from .record import SampleRecord
 from .session import Session, current, not_run
 
+_READ = ("weight", "bias", "logarithmic", "low", "high", "rate", "centres", "bumps")
+_arrays: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = (
+    WeakKeyDictionary()
+)  # beside predictors, so that no copy has them
 _REGRESSION = ("weight", "bias", "logarithmic", "low", "high", "static")  # all of them, or none: not fitted
 
 
@@ -94,7 +112,9 @@ class Predictor(StateModule):
             (B, S, G) float32, extents as `ranges.extents` gives them.
         """
         earlier = [summary[:, :SUMMARY_FEATURES] for summary in summaries[:-1]]
-        known = torch.cat([features, *earlier, *summaries[-1:]], 1)
+        known = torch.cat([features, *earlier, *summaries[-1:]], 1) if summaries else features
+        if eager.usable(known, (torch.float64,)):
+            return self._by_kernel(known)
         # a sum, not a matrix product: its rounding would depend on the batch size
         linear = sum_of(known.unsqueeze(1) * self.weight.t()) + self.bias
         if self.centres.shape[0]:
@@ -107,14 +127,26 @@ class Predictor(StateModule):
         value = torch.minimum(torch.maximum(value, self.low), self.high)
         return value.unflatten(1, (-1, self.groups)).float()
 
-    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> tuple[Tensor, ...]:
+    def _by_kernel(self, known: Tensor) -> Tensor:
+        """The same in one loop: its sums add up in another order, which float32 does not see."""
+        from dqa_plugins.kernels.predict import regress
+
+        buffers = [self._buffers[name] for name in _READ]
+        held = _arrays.get(self)
+        if held is None or any(map(operator.is_not, held[0], buffers)):  # arrays see what is written into buffers
+            held = _arrays[self] = buffers, [b.contiguous().numpy() for b in buffers]  # type: ignore[union-attr]
+        logarithms = PAPER_FEATURES + SLOPES if self.mode == "extended" else 0
+        out = np.empty((len(known), held[1][1].size), np.float32)
+        regress(known.detach().numpy(), *held[1], logarithms, SCALE if logarithms else 0, out)
+        return torch.from_numpy(out.reshape(len(out), -1, self.groups))
+
+    def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Tensor:
         """See `QParamsSource`; without a prediction, made from what the running session holds."""
-        found = self.predict(site, x) if prediction is None else prediction
-        return found.to(compute_dtype(x.dtype)).unbind(1)
+        return (self.predict(site, x) if prediction is None else prediction).to(compute_dtype(x.dtype))
 
     def qparams(self, site: Site, x: Tensor, prediction: Tensor | None) -> QParams:
         """See `QParamsSource`; of `extents`."""
-        found = self.extents(site, x, prediction)
+        found = self.extents(site, x, prediction).unbind(1)
         qparams = valid(qparams_of(site.method, found, site.signed, site.clip_factor))
         return qparams.map(lambda p: lay_out(p, x, site.channel_axis, per_sample=True))
 

@@ -1,42 +1,30 @@
-"""What each activation costs: bits, side information and error, site by site."""
+"""What each activation costs and loses: bits, side information, error, saturation, and where its values lie."""
 
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dqa_plugins.batches import Pick, run_batches
-from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.errors import DQAWarning, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.grid import Grid
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.sites import iter_quantizers
 
+from .measured import Histogram, SiteReport
+from .page import write_page
+from .tables import Table, described
 
-@dataclass(frozen=True)
-class SiteReport:
-    """One site, measured on the inputs given.
-
-    Attributes:
-        site: its name.
-        method: of its quantizer.
-        elements: values per sample.
-        bits: per value with fixed-length codes, all side information of the tensor included: n-bit codes, m-bit shift
-            errors of the important channels, 32-bit value and position of each outlier, per-sample qparams.
-        sqnr: signal to quantization noise, decibels; inf where nothing was lost, -inf where nothing but noise is left.
-        density: share of outliers (DenseSparse), else 0.
-    """
-
-    site: str
-    method: str
-    elements: int
-    bits: float
-    sqnr: float
-    density: float
+BINS = 64
+SATURATED = 0.1  # share of values beyond the code range from which a warning is due
 
 
 @dataclass(frozen=True)
@@ -54,18 +42,53 @@ class ActivationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-compatible."""
-        return {"bits_per_activation": self.bits_per_activation, "sites": [asdict(s) for s in self.sites]}
+        found: dict[str, Any] = {
+            "bits_per_activation": self.bits_per_activation,
+            "sites": [asdict(s) for s in self.sites],
+        }
+        for site in found["sites"]:
+            histogram = site["histogram"] or {}
+            site.update({key: list(value) for key, value in site.items() if isinstance(value, tuple)})
+            histogram.update({key: list(value) for key, value in histogram.items() if isinstance(value, tuple)})
+        return found
 
-    def __str__(self) -> str:
-        if not self.sites:
-            return "no quantized activation"
-        width = max([len(s.site) for s in self.sites] + [4])
-        rows = [f"{'site':{width}}  method         elements   bits  SQNR dB  density"]
-        rows += [
-            f"{s.site:{width}}  {s.method:13} {s.elements:9d}  {s.bits:5.2f}  {s.sqnr:7.1f}  {s.density:7.2%}"
+    def table(self) -> Table:
+        """What it prints as."""
+        rows = [
+            (
+                s.site,
+                s.method,
+                str(s.elements),
+                f"{s.bits:.2f}",
+                f"{s.sqnr:.1f}",
+                f"{s.density:.2%}",
+                f"{s.saturated:.2%}",
+            )
             for s in self.sites
         ]
-        return "\n".join([*rows, f"bits per activation: {self.bits_per_activation:.3f}"])
+        columns = ("site", "method", "elements", "bits", "SQNR dB", "density", "saturated")
+        return Table(f"bits per activation: {self.bits_per_activation:.3f}", columns, rows)
+
+    def __str__(self) -> str:
+        title, *rows = str(self.table()).split("\n")
+        return "\n".join([*rows, title]) if self.sites else "no quantized activation"
+
+    def __rich__(self) -> Any:
+        """A rich table: `rich.print(report)` calls this."""
+        return self.table().__rich__()
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
+
+    def write_html(self, path: str | os.PathLike[str], *, sensitivity: dict[str, float] | None = None) -> Path:
+        """Write one self-contained page: sortable tables, per site the histogram with its grid.
+
+        Args:
+            path: of the file; nothing that it needs lies elsewhere.
+            sensitivity: {site: relative error of the outputs when this site alone is quantized}, such as
+                `Suggestion.sensitivity()` gives.
+        """
+        return write_page(self.sites, self.bits_per_activation, Path(path), sensitivity or {})
 
 
 def fixed_length_bits(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None = None) -> float:
@@ -90,9 +113,68 @@ def kept_share(grid: Grid, x: Tensor) -> float:
     return 0.0 if outside is None else float(outside.double().mean())
 
 
+@dataclass
+class _Sums:
+    """What is added up over the batches of a site."""
+
+    count: int = 0
+    samples: int = 0
+    bits: float = 0.0
+    signal: float = 0.0
+    noise: float = 0.0
+    kept: float = 0.0
+    saturated: float = 0.0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS))
+    histogram: Histogram | None = None
+
+    def add(self, quantizer: ActivationQuantizer, x: Tensor, y: Tensor, prediction: Tensor | None) -> None:
+        """One batch of a site."""
+        grid = quantizer.grid(x, prediction)
+        exact = x.double()
+        self.count += x.numel()
+        self.samples += len(x)
+        self.bits += fixed_length_bits(quantizer, x, prediction) * x.numel()
+        self.signal += float(exact.square().sum())
+        self.noise += float((exact - y.double()).square().sum())
+        self.kept += kept_share(grid, x) * x.numel()
+        lowest, highest = grid.values(torch.as_tensor(grid.low)), grid.values(torch.as_tensor(grid.high))
+        # the largest value calibrated is a step beyond the largest code: scale = max / 2^n
+        clamped = (x < lowest - grid.step * 1.001) | (x > highest + grid.step * 1.001)
+        outside = grid.outside(x)
+        self.saturated += float((clamped if outside is None else clamped & ~outside).sum())
+        finite = x[torch.isfinite(x)].float().cpu()
+        if self.histogram is None:
+            low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+            kept = None if grid.keep is None else (float(grid.keep[0].min()), float(grid.keep[1].max()))
+            represented = float(lowest.min()), float(highest.max())
+            self.histogram = Histogram(low, max(high, low + 1e-30), (), represented, float(grid.step.min()), kept)
+        ends = self.histogram.low, self.histogram.high
+        self.counts += torch.histc(finite.clamp(*ends), BINS, *ends)
+
+    def report(self, name: str, quantizer: ActivationQuantizer) -> SiteReport:
+        """What they say of the site."""
+        sqnr = math.inf if not self.noise else 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        extra = quantizer.extra_bits if quantizer.method.has_important_channels else torch.zeros(0)
+        return SiteReport(
+            name,
+            type(quantizer.method).__name__,
+            round(self.count / self.samples),
+            self.bits / self.count,
+            sqnr,
+            self.kept / self.count,
+            self.saturated / self.count,
+            described(quantizer.method),
+            tuple(torch.nonzero(extra > 0).flatten().tolist()),
+            self.histogram and replace(self.histogram, counts=tuple(int(c) for c in self.counts)),
+        )
+
+
 @torch.no_grad()
 def activation_report(model: nn.Module, batches: Iterable[Any], *, inputs: Pick = None) -> ActivationReport:
     """Run a converted model and measure what each quantized activation costs and loses.
+
+    Warns once, with the sites' names, where a tenth of the values or more are beyond the code range, and where a site
+    has no range at all: calibration data unlike these.
 
     Args:
         model: converted by any adapter.
@@ -111,34 +193,34 @@ def activation_report(model: nn.Module, batches: Iterable[Any], *, inputs: Pick 
         names[quantizer] = name
     if not names:
         raise UnsupportedCombination("activation_report: this model has no quantizers; give one that was converted.")
-    sums: dict[ActivationQuantizer, list[float]] = {quantizer: [0.0] * 5 for quantizer in names}
+    sums = {quantizer: _Sums() for quantizer in names}
 
-    def note(quantizer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        if not isinstance(quantizer, ActivationQuantizer) or args[0].numel() == 0:
-            return
-        x, prediction, entry = args[0], args[1] if len(args) > 1 else None, sums[quantizer]
-        entry[0] += x.numel()
-        entry[1] += len(x)
-        entry[2] += fixed_length_bits(quantizer, x, prediction) * x.numel()
-        entry[3] += float(x.double().square().sum())
-        entry[4] += float((x.double() - y.double()).square().sum())
-        outliers = kept_share(quantizer.grid(x, prediction), x) * x.numel()
-        densities[quantizer] = densities.get(quantizer, 0.0) + outliers
+    def measure(quantizer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if isinstance(quantizer, ActivationQuantizer) and args[0].numel():
+            sums[quantizer].add(quantizer, args[0], y, args[1] if len(args) > 1 else None)
 
-    densities: dict[ActivationQuantizer, float] = {}
-    hooks = [quantizer.register_forward_hook(note) for quantizer in names]
+    hooks = [quantizer.register_forward_hook(measure) for quantizer in names]
     try:
         run_batches(model, batches, "activation_report", inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    sites = []
-    for quantizer, (count, samples, bits, signal, noise) in sums.items():
-        if count:
-            sqnr = math.inf if not noise else 10 * math.log10(signal / noise) if signal else -math.inf
-            method = type(quantizer.method).__name__
-            density = densities.get(quantizer, 0.0) / count
-            sites.append(SiteReport(names[quantizer], method, round(count / samples), bits / count, sqnr, density))
+    sites = [found.report(names[quantizer], quantizer) for quantizer, found in sums.items() if found.count]
     if not sites:
         raise UncalibratedQuantizer("activation_report: no value reached a quantizer; the batches are empty.")
+    _warn(sites)
     return ActivationReport(sites)
+
+
+def _warn(sites: list[SiteReport]) -> None:
+    clamped = [f"{s.site!r} ({s.saturated:.0%})" for s in sites if s.saturated >= SATURATED]
+    empty = [repr(s.site) for s in sites if s.histogram is not None and s.histogram.step == 0 and s.sqnr < math.inf]
+    said = [f"values beyond the code range at {', '.join(clamped[:8])}"] if clamped else []
+    said += [f"no range at {', '.join(empty[:8])}: calibration saw one value only"] if empty else []
+    if said:
+        warnings.warn(
+            f"activation_report: {'; '.join(said)}. Calibrate on data like these, or choose clip, qparams='dynamic' or "
+            "QPP().",
+            DQAWarning,
+            stacklevel=4,
+        )

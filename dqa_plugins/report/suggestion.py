@@ -84,6 +84,10 @@ class Suggestion(Mapping[str, Method]):
     def __len__(self) -> int:
         return len(self.choices)
 
+    def sensitivity(self) -> dict[str, float]:
+        """{site: relative error of the outputs when it alone is quantized by the method chosen}."""
+        return {choice.site: choice.errors[described(choice.method)] for choice in self.choices}
+
     def table(self) -> Table:
         """What it prints as."""
         rows = []

@@ -3,7 +3,8 @@
     python -m examples.benchmarks.fake_quantize --json
 
 A 32x64x56x56 float32 activation behind a ReLU, one thread, eager mode. All candidates take turns in one process, in
-shuffled order; times are medians of CPU time of the thread (wall-clock for two threads). Fields, ratios all:
+shuffled order, on memory that the process has already; times are medians of CPU time of the thread (wall-clock for two
+threads). Fields, ratios all:
     vs_clone                          by method: time of a frozen quantizer's forward over that of x.clone(); <= 1.5
     speedup_vs_torch_ao_fake_quantize by method: torch.ao's FakeQuantize (per channel: DQA) over ours; >= 8
     time_vs_minmax_observer           by method: the statistic of calibration over torch.ao's MinMaxObserver; <= 2
@@ -39,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, Method, NoisyQuant
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.ranges import measure, quantiles
-from examples.benchmarks.machine import machine
+from examples.benchmarks.machine import keep_freed_memory, machine
 from examples.benchmarks.storage import Clock
 from examples.networks.imagenet import mobilenetv2, resnet18
 
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=25)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch")
     result = one_tensor(arguments.repeats)
     for name, make in NETWORKS.items():

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def keep_freed_memory() -> None:
+    """Let glibc give no memory back: whoever asks next would pay for page faults, 7 ms for 25 MB, in no fair turn."""
+    if platform.system() == "Linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, as large as it can be
+            libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def machine() -> dict[str, Any]:

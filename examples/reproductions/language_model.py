@@ -28,7 +28,7 @@ from examples.reproductions import common
 BITS = (8, 6, 4)
 METHODS: tuple[type[Method], ...] = (Direct, DQA, NoisyQuant, DenseSparse)
 LAST = "network.lm_head"
-NAME = "language_model"
+NAME, STOCK_NAME = "language_model", "int8 of the host"
 
 Model = tuple[nn.Module, list[Tensor]]  # float, with its calibration windows
 
@@ -71,9 +71,9 @@ def brevitas(model: LanguageModel, calibration: list[Tensor], method: Method) ->
 
 
 HOSTS: dict[str, Callable[[LanguageModel, list[Tensor], Method], nn.Module]] = {
+    "brevitas": brevitas,
     "pt2e": judged("pt2e"),
     "nncf": judged("nncf"),
-    "brevitas": brevitas,
 }
 
 
@@ -136,10 +136,13 @@ STOCK: dict[str, Callable[[LanguageModel, list[Tensor]], nn.Module]] = {
 
 
 def jobs() -> list[tuple[str, str, int]]:
-    """(host, method, bits) of every cell, the cheap ones first."""
-    stock = [(host, "int8 of the host", 8) for host in STOCK]
-    ours = [(host, method.__name__, bits) for host in HOSTS for bits in BITS for method in METHODS]
-    return [("", "float", 32), *stock, *ours]
+    """(host, method, bits) of every cell, the cheaper host and more bits first."""
+    found = [("", "float", 32), ("torchao, dynamic", STOCK_NAME, 8)]
+    for bits in BITS:
+        for host in HOSTS:
+            found += [(host, method.__name__, bits) for method in METHODS]
+            found += [(host, STOCK_NAME, 8)] * (bits == 8)
+    return found
 
 
 @torch.no_grad()
@@ -153,7 +156,7 @@ def measure(
     try:
         if not host:
             quantized: nn.Module = model
-        elif name == "int8 of the host":
+        elif name == STOCK_NAME:
             quantized = STOCK[host](model, calibration)
         else:
             method = next(m for m in METHODS if m.__name__ == name)(bits=bits)
@@ -186,7 +189,7 @@ def table(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str] | 
     """(columns, rows): a row per host and method, a column per bit width."""
     by = {(c["host"], c["method"], c["bits"]): c for c in cells}
     rows: list[list[str] | None] = []
-    for host, name in dict.fromkeys((host, name) for host, name, _ in jobs()):
+    for host, name in sorted(dict.fromkeys((host, name) for host, name, _ in jobs()), key=lambda row: row[0]):
         found = [by.get((host, name, bits)) for bits in (32, *BITS)]
         if any(found):
             rows.append([host, name, *(cell_text(c) if c else "" for c in found)])
@@ -207,20 +210,22 @@ def plot(cells: Sequence[dict[str, Any]], title: str, options: common.Options) -
             axis.bar([x for x, _ in known], [y for _, y in known], 0.19, label=method.__name__)
         for key, label, style in (
             (("", "float", 32), "float", "-"),
-            ((host, "int8 of the host", 8), "int8 of the host", "--"),
-            (("torchao, dynamic", "int8 of the host", 8), "int8 of torchao, dynamic", ":"),
+            ((host, STOCK_NAME, 8), STOCK_NAME, "--"),
+            (("torchao, dynamic", STOCK_NAME, 8), "int8 of torchao, dynamic", ":"),
         ):
             if value.get(key) is not None:
                 axis.axhline(value[key], color="black", linestyle=style, linewidth=1, label=label)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
         axis.set_xticks(range(len(BITS)), [f"{bits} bits" for bits in BITS])
+        axis.set_xlim(-0.5, len(BITS) - 0.5)
         axis.set_title({"brevitas": "brevitas: inputs of linear layers"}.get(host, f"{host}: every activation"))
     low = 0.7 * min(y for y in value.values() if y is not None)
     for axis in panels:
         axis.set_ylim(low, 2e5)
     panels[0].set_ylabel("perplexity (log scale)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
+    handles = {text: handle for axis in panels for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=7, fontsize=9)
     figure.suptitle(title)
     common.save(figure, options, NAME)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dqa_plugins import DQA, ActivationQuantizer, Direct, iter_quantizers
 from dqa_plugins.export import onnxruntime_session, to_onnx
-from dqa_plugins.host.placement import PLACEMENT
+from dqa_plugins.report import placement_report
 from dqa_plugins.storage import NothingToStore, convert_stored, prepare_stored, stored_edges
 
 from .hosts import ROOMS, STOCK, for_room, quantize_model
@@ -117,10 +117,9 @@ def _check(
     sites = dict(iter_quantizers(model))
     cell["sites"] = len(sites)
     with step("floats"):
-        meta = next((m.meta for m in model.modules() if PLACEMENT in getattr(m, "meta", {})), None)
-        held = next((getattr(m, PLACEMENT) for m in model.modules() if hasattr(m, PLACEMENT)), None)
-        summary = held if meta is None else meta[PLACEMENT]
-        cell["floats"] = None if summary is None else dict(Counter(reason for _, reason in summary.floats))
+        report = placement_report(model)
+        cell["floats"] = dict(Counter(reason for _, reason in report.floats))
+        cell["default_axes"] = sum(not row.axis_told for row in report.sites)
     with torch.no_grad(), step("batch"):
         result, calls = recorded(model, sites, test)
         cell["silent"] = [name for name in sites if name not in calls]
@@ -192,6 +191,8 @@ def stored(model: nn.Module, batches: list[tuple[Tensor, ...]], test: tuple[Tens
             prepared = prepare_stored(model, METHODS[4], batches[0], skip=others)
     except NothingToStore:
         return "nothing"
+    if any(edge.name not in own for edge in stored_edges(prepared)):
+        return "other values too"  # which quantizes more than the room did
     for batch in batches:
         prepared(*batch)
     return "equal" if equal(convert_stored(prepared, coding="none")(*test), result) else "differs"

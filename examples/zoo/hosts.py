@@ -61,17 +61,29 @@ def fx(model: nn.Module, batches: Batches) -> tuple[nn.Module, str]:
 
 
 def pt2e(model: nn.Module, batches: Batches) -> tuple[nn.Module, str]:
-    """XNNPACKQuantizer, as torchao ships it: it quantizes additions, products and pooling, as we do.
+    """torchao's XNNPACKQuantizer, which quantizes additions, products and pooling as we do.
 
-    X86InductorQuantizer, the other one, quantizes little but the inputs of convolutions and linear layers.
+    It quantizes integers too: where the model then fails, X86InductorQuantizer, which quantizes little but the inputs
+    of convolutions and linear layers.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
     from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    prepared = prepare_pt2e(copy.deepcopy(model), quantizer)
-    run(prepared, batches)
-    return convert_pt2e(prepared), "XNNPACKQuantizer"
+    def quantized(quantizer: Any) -> nn.Module:
+        prepared = prepare_pt2e(copy.deepcopy(model), quantizer)
+        run(prepared, batches)
+        converted: nn.Module = convert_pt2e(prepared)
+        run(converted, batches[:1])
+        return converted
+
+    try:
+        return quantized(
+            XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+        ), "XNNPACKQuantizer"
+    except Exception:
+        config = x86.get_default_x86_inductor_quantization_config()
+        return quantized(x86.X86InductorQuantizer().set_global(config)), "X86InductorQuantizer"
 
 
 def brevitas(model: nn.Module, batches: Batches) -> tuple[nn.Module, str]:

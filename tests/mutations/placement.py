@@ -180,3 +180,17 @@ add(
     "index=index, producer_axis=1)",
 )
 add("QAT keeps a weight's range of the past", "observer.py", "        self.reset_min_max_vals()\n", "")
+FX.add(
+    "weights of half types come out in float32",
+    "hooks.py",
+    "return found if found.is_quantized else found.to(weight.dtype)",
+    "return found",
+    "adapters/test_dtypes.py",
+)
+PT2E.add(
+    "batch norms are folded in training mode",
+    "hooks.py",
+    "        if trained:\n",
+    "        if False:\n",
+    "adapters/pt2e/test_convert.py",
+)

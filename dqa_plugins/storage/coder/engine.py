@@ -108,8 +108,8 @@ class KernelPlan:
     def __init__(self, layout: Layout, like: KernelPlan | None = None) -> None:
         self.layout = layout
         self.channels, self.groups = kernel_arrays(layout)
-        self.encoders = like.encoders if like else _tables(layout, False)
-        self.decoders = like.decoders if like else _tables(layout, True)
+        self.encoders: NDArray[np.uint64] = like.encoders if like else _tables(layout, False)
+        self.decoders: NDArray[np.uint64] = like.decoders if like else _tables(layout, True)
         self.fixed_sizes = layout.fixed_sizes()
         self.fixed_edges = np.concatenate([[0], np.cumsum(self.fixed_sizes)]).astype(np.int64)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from dqa_plugins import DQA, Direct
 from dqa_plugins.adapters.transformers import CacheSettings, PackedCache, calibrate_cache
+from dqa_plugins.adapters.transformers.calibrate import Record
 from dqa_plugins.errors import (
     ChannelMismatch,
     DQAError,
     InvalidMethod,
+    MissingDependency,
     NonFiniteInput,
     StateMismatch,
     UncalibratedQuantizer,
@@ -322,6 +326,15 @@ def test_a_forward_that_fails_changes_nothing(earlier: bool) -> None:
     assert cache.get_seq_length() == length + 30
 
 
+@torch.no_grad()
+def test_a_first_forward_that_is_refused_leaves_no_shape_behind() -> None:
+    cache = PackedCache(settings("llama"))
+    with pytest.raises(ChannelMismatch):
+        model("gpt2")(text(5, 3), past_key_values=cache)
+    model("llama")(text(5, 2), past_key_values=cache)
+    assert (cache.batch_size, cache.get_seq_length()) == (2, 5)
+
+
 def test_another_batch_is_refused() -> None:
     with pytest.raises(ChannelMismatch, match="holds 2 sequences"):
         model("llama")(text(5, 3), past_key_values=filled())
@@ -439,3 +452,17 @@ def test_identity_is_that_of_the_decoder() -> None:
 def test_rounded_cache_is_no_packed_one() -> None:
     """The reference of test_generate shares no code with what it is held against."""
     assert not isinstance(RoundedCache(settings("llama")), PackedCache)
+
+
+def test_components_that_turn_into_each_other_share_a_sensitivity() -> None:
+    squares = torch.arange(12.0, dtype=torch.float64)
+    record = Record("0.keys", 2, 6, rotary=4, squares=squares, tokens=1)
+    assert record.sensitivity.tolist() == [1, 2, 1, 2, 4, 5, 7, 8, 7, 8, 10, 11]
+    assert torch.equal(squares, torch.arange(12.0, dtype=torch.float64))
+
+
+def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "dqa_plugins.adapters.transformers.host")
+    with pytest.raises(MissingDependency, match=r"\[transformers\]"):
+        importlib.import_module("dqa_plugins.adapters.transformers.host")

@@ -78,8 +78,16 @@ def test_a_text_in_pieces(name: str) -> None:
     assert packed.get_seq_length() == 150
 
 
-@pytest.mark.parametrize("method", [Direct(bits=4, granularity="channel"), DQA(bits=3, granularity="channel")])
-@pytest.mark.parametrize("coding", ["none", "joint"])
+@pytest.mark.parametrize(
+    ("method", "coding"),
+    [
+        (Direct(bits=4, granularity="channel"), "none"),
+        (DQA(bits=3, granularity="channel"), "joint"),
+        (DQA(bits=3), "shift_error"),
+        (Direct(bits=6), "joint"),  # one step for all channels
+        (Direct(bits=5, granularity="channel", symmetric=False), "joint"),
+    ],
+)
 def test_methods_without_a_target(method: Any, coding: str) -> None:
     made = settings("llama", method=method, coding=coding)
     prompt = text(37, 2, seed=7)
