@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+QONNX := $(VENV)-qonnx
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 # what `make quick` runs: the core and what rooms share; the folder of a room is run by hand (CONTRIBUTING.md)
@@ -37,9 +38,15 @@ check: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not slow" --durations=15
 
+# qonnx asks for an older onnx than the rest: an environment of its own
+$(QONNX)/.installed: Makefile
+	$(PYTHON) -m venv $(QONNX)
+	$(QONNX)/bin/python -m pip install --quiet qonnx==1.0.0 onnx==1.20.1 onnxruntime==1.31.1
+	touch $@
+
 # the rest: other processes, compilers, whole networks, examples, a sample of the mutations
-test-slow: $(STAMP)
-	$(PYTEST) -m slow --durations=15
+test-slow: $(STAMP) $(QONNX)/.installed
+	DQA_QONNX_PYTHON=$(abspath $(QONNX)/bin/python) $(PYTEST) -m slow --durations=15
 
 # every fault of tests/mutations, two at a time; exit status 1 if one survives
 mutations: $(STAMP)
@@ -57,4 +64,4 @@ bench: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) $(QONNX) out build dist *.egg-info

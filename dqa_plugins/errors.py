@@ -15,6 +15,10 @@ class InvalidMethod(DQAError, ValueError):
     """A field of a method has a value that the method cannot have (bits outside 2..8, extra_bits > bits, ...)."""
 
 
+class InvalidArgument(DQAError, ValueError):
+    """An argument of a call is wrong in itself: out of range, an unknown name, nothing where something is due."""
+
+
 class NotAMethod(DQAError, TypeError):
     """Something other than Direct, DQA, NoisyQuant or DenseSparse was given where a method is expected."""
 

@@ -1,7 +1,8 @@
-"""Two torch operators of ours: what a quantized model computes, as single nodes of a torch.export program.
+"""Torch operators of ours: what a quantized model computes, as single nodes of a torch.export program.
 
     dqa_plugins::fake_quantize(x, grid, site)     an activation on its Grid
     dqa_plugins::dequantize(codes, scale, ...)    a quantized weight
+    dqa_plugins::module(tensors, key, ...)        a whole module, inside `modules_as_nodes` only (the runtime)
 
 torch.export does not expand them, so an exporter that has something better for them finds each as one node with all of
 its numbers among the arguments; `export.program.expand` writes them out as plain aten operations.
@@ -9,7 +10,9 @@ its numbers among the arguments; `export.program.expand` writes them out as plai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -58,7 +61,7 @@ def grid_of(
     return Grid(step, first, last, zero_point, bias, tuple(keep) if keep else None, None, divisor)  # type: ignore[arg-type]
 
 
-def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
+def plain_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
     """(codes - zero_point) * scale.
 
     Args:
@@ -74,7 +77,7 @@ def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | No
 
 
 fake_quantize_operator: Any = torch.library.custom_op("dqa_plugins::fake_quantize", _fake_quantize, mutates_args=())
-dequantize_operator: Any = torch.library.custom_op("dqa_plugins::dequantize", _dequantize, mutates_args=())
+dequantize_operator: Any = torch.library.custom_op("dqa_plugins::dequantize", plain_dequantize, mutates_args=())
 
 
 @fake_quantize_operator.register_fake
@@ -106,6 +109,52 @@ def fake_quantize(x: Tensor, grid: Grid, site: str) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
-    """A weight from its codes, see `_dequantize`, as one operator."""
+    """A weight from its codes, see `plain_dequantize`, as one operator."""
     found: Tensor = DEQUANTIZE(codes, scale, zero_point, axis, dtype)
+    return found
+
+
+# ------------------------------------------------------------ modules that tracing does not enter
+
+_modules: ContextVar[dict[str, Callable[..., Tensor]] | None] = ContextVar("modules", default=None)
+
+
+@torch.library.custom_op("dqa_plugins::module", mutates_args=())
+def _call_module(tensors: Sequence[Tensor], key: str, tail: Sequence[int], dtype: torch.dtype) -> Tensor:
+    raise RuntimeError("a node of modules_as_nodes is replaced by its module before the program runs")
+
+
+@_call_module.register_fake
+def _(tensors: Sequence[Tensor], key: str, tail: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty((tensors[0].shape[0], *tail), dtype=dtype)
+
+
+MODULE = torch.ops.dqa_plugins.module.default
+
+
+@contextmanager
+def modules_as_nodes() -> Iterator[dict[str, Callable[..., Tensor]]]:
+    """Inside, what depends on a sample (features, predictions, dynamic qparams) is traced as one node for each module.
+
+    Yields:
+        {key of the nodes: the module}, filled while tracing.
+    """
+    modules: dict[str, Callable[..., Tensor]] = {}
+    token = _modules.set(modules)
+    try:
+        yield modules
+    finally:
+        _modules.reset(token)
+
+
+def as_node(
+    module: Callable[..., Tensor], tensors: Sequence[Tensor], tail: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """A node that stands for module(*tensors), (B, *tail) of a dtype; None outside of `modules_as_nodes`."""
+    modules = _modules.get()
+    if modules is None or not torch.compiler.is_exporting():
+        return None
+    key = f"{type(module).__name__}.{id(module)}"
+    modules[key] = module
+    found: Tensor = MODULE(list(tensors), key, list(tail), dtype)
     return found

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .calibration import rows_to_keep
 from .errors import (
@@ -39,9 +40,9 @@ from .parameters import QuantizerParameters
 from .ranges import measure
 from .resolve import kept_values, next_layer_weight, static_qparams
 from .rounding import cast
+from .scripted import scripted, traced
 
 LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and backends reach
-
 # of frozen quantizers: beside them, so that no copy and no file takes it along
 _tables: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 _written = operator.attrgetter("_version")
@@ -77,6 +78,7 @@ class ActivationQuantizer(QuantizerParameters):
         return f"{self.method}, name={self.name!r}, state={self._state!r}"
 
     # ------------------------------------------------------------ states
+    __prepare_scriptable__ = scripted  # torch.jit.script calls it
 
     def freeze(self, consumer_weight: Tensor | None = None) -> ActivationQuantizer:
         """Fix everything that calibration decides, forget the calibration data, and fake-quantize from now on.
@@ -186,6 +188,8 @@ class ActivationQuantizer(QuantizerParameters):
             NonFiniteInput, UnsupportedInput, ChannelMismatch, ChannelAxisError, UncalibratedQuantizer: each names
                 the layer.
         """
+        if isinstance(x, Proxy):
+            return traced(self, x, prediction)
         self._check_tensor(x)
         if prediction is not None and self.predictor is None:
             raise UnsupportedCombination(f"{self.label} takes no prediction: its qparams are {self.method.qparams!r}.")

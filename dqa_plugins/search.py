@@ -127,9 +127,9 @@ def draw_noise(seed: int, name: str, channels: int, distribution: str) -> Tensor
 def noise_errors(rows: Tensor, scale: Tensor, shifts: Tensor, low: int, high: int) -> Tensor:
     """Squared error of Q(x + t delta) - t delta for many shifts t at once, per channel, exactly.
 
-    Between its rounding ties a value keeps its code q, and its error is a quadratic in t: added where the candidates
-    reach that code, taken away where they leave it, summed up along the candidates. A value meets as many codes as
-    the candidates are wide (five for shifts of -2..2), so the cost does not grow with the bits.
+    Between its rounding ties a value keeps its code q, and its error is a quadratic in t: what the next code changes is
+    added where the candidates reach it, summed up along the candidates. A value meets as many codes as the candidates
+    are wide (five for shifts of -2..2), so the cost does not grow with the bits.
 
     Args:
         rows: (D, K) values of each channel.
@@ -141,25 +141,41 @@ def noise_errors(rows: Tensor, scale: Tensor, shifts: Tensor, low: int, high: in
         (D, T) float64, unit of x squared.
     """
     scale = scale.double().expand(rows.shape)
-    weights = scale.square()
+    weights = scale.square().contiguous()
     values = torch.where(scale > 0, rows.double() / torch.where(scale > 0, scale, 1), 0.0)
     shifts, order = shifts.double().sort(dim=1)
     count = shifts.shape[1]
     first = (values + shifts[:, :1]).round().clamp(low, high)
     last = (values + shifts[:, -1:]).round().clamp(low, high)
-    totals = [torch.zeros(len(rows), count + 1, dtype=torch.float64, device=rows.device) for _ in range(3)]
-    begin = torch.zeros_like(values, dtype=torch.int64)
-    for k in range(int((last - first).max()) + 1):
-        code = first + k
-        end = torch.searchsorted(shifts, code + 0.5 - values).masked_fill(code >= last, count)
-        gap, weight = code - values, weights * (code <= last)
-        for power, total in enumerate(totals):
-            moment = weight * gap**power
-            total.scatter_add_(1, begin, moment).scatter_add_(1, end, -moment)
-        begin = end
-    none, linear, square = (total[:, :count].cumsum(1) for total in totals)
-    errors = square - 2 * shifts * linear + shifts.square() * none
+    gap = first - values
+    width = shifts[:, -1:] - shifts[:, :1]
+    spaced = shifts[:, :1] + width * torch.linspace(0, 1, count, dtype=shifts.dtype, device=shifts.device)
+    even = count > 1 and bool(((shifts - spaced).abs() <= 1e-9 * width).all())
+    # sums of w g and w g^2 over a channel, where g = q - x / delta: at the first candidate, then what each code adds
+    linear, square = (shifts.new_zeros(len(rows), count + 1) for _ in range(2))
+    linear[:, 0], square[:, 0] = (weights * gap).sum(1), (weights * gap.square()).sum(1)
+    for k in range(int((last - first).max())):
+        leaves = first + k < last
+        end = _reach(shifts, gap + (k + 0.5), even).masked_fill_(~leaves, count)
+        linear.scatter_add_(1, end, weights)
+        square.scatter_add_(1, end, weights * (2 * (gap + k) + 1))
+    linear, square = linear[:, :count].cumsum(1), square[:, :count].cumsum(1)
+    errors = square - 2 * shifts * linear + shifts.square() * weights.sum(1, keepdim=True)
     return torch.empty_like(errors).scatter_(1, order, errors)
+
+
+def _reach(shifts: Tensor, wanted: Tensor, even: bool) -> Tensor:
+    """The first of the (D, T) ascending shifts that is not below each of the (D, K) wanted ones; T: none.
+
+    Args:
+        even: they are evenly spaced, so it is computed, not looked for. A shift beside the exact one does no harm: at a
+            rounding tie both codes have the same error.
+    """
+    if not even:
+        return torch.searchsorted(shifts, wanted)
+    count = shifts.shape[1]
+    step = (shifts[:, -1:] - shifts[:, :1]) / (count - 1)
+    return wanted.sub(shifts[:, :1]).div_(step).ceil_().clamp_(0, count).nan_to_num_(count).long()
 
 
 def search_noise(kept: Kept, unit: Tensor, mean: float | None, amplitude: float | None) -> Tensor:

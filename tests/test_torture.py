@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
 
 from dqa_plugins.errors import InvalidMethod
-from tests.torture.engine import Count, run_class
+from tests.torture import engine
+from tests.torture.engine import Count, run_class, run_classes
 from tests.torture.registry import CaseClass, load
 
 QUICK = [name for name, found in load().items() if not found.slow]
+SLOW = [name for name, found in load().items() if found.slow and not name.startswith("2^24")]
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -24,6 +27,27 @@ def test_no_defect(name: str) -> None:
     run_class(found, count, 3 if name in ("networks", "threads of torch", "fork and spawn") else 20, number=7)
     assert not count.defect, f"{count.defect}\nfrom tests.torture.registry import replay\n{count.reproducer}"
     assert count.cases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_no_defect_in_slow_classes(name: str) -> None:
+    """Two cases of each: that they still run."""
+    found, count = load()[name], Count()
+    run_class(found, count, 2, number=7)
+    assert not count.defect, f"{count.defect}\nfrom tests.torture.registry import replay\n{count.reproducer}"
+
+
+def test_a_dear_class_gets_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the time, and not of the cases: first until it has enough of them, then as much as a cheap one."""
+    monkeypatch.setattr(engine, "FLOOR", 20)
+    cheap = CaseClass("cheap", st.integers(), lambda _: None, names=())
+    dear = CaseClass("dear", st.integers(), lambda _: time.sleep(0.01), names=())
+    counts = run_classes([cheap, dear], 2.0, number=3)
+    assert counts["dear"].cases >= 20
+    assert counts["dear"].seconds > 0.6
+    assert counts["cheap"].seconds > 0.3
+    assert counts["cheap"].cases > 3 * counts["dear"].cases
 
 
 def check(case: int) -> None:

@@ -11,7 +11,7 @@ from brevitas.graph.calibrate import calibration_mode
 from torch import nn
 from torch.fx import GraphModule
 
-from dqa_plugins.host.quantize import example_of, run_calibration, split_methods
+from dqa_plugins.host.quantize import calibration_calls, require_float, run_calibration, split_methods
 from dqa_plugins.methods import Method
 
 from .fields import require_supported
@@ -35,27 +35,28 @@ def quantize_model(
         model: float, that torch.fx can trace; it is not changed.
         method: for every layer, or {site or module: method or None}; what the mapping does not name stays float,
             unless it names "", which stands for all.
-        calibration: items: a tensor is the one input, a tuple or list the positional inputs, a dict keyword inputs.
+        calibration: what a DataLoader yields (see `dqa_plugins.batches`); targets are left out.
         example_inputs: for shapes; None: the first item.
         weight_bits: 2 to 8, per output channel, by Brevitas' own weight quantizers; None leaves weights float.
-        inputs: a function item -> inputs, for items that hold more.
+        inputs: a function item -> inputs, where those are not clear.
 
     Returns:
         the traced model in eval mode, with frozen quantizers.
 
     Raises:
-        UnsupportedInput: torch.fx cannot trace the model.
+        UnsupportedInput: torch.fx cannot trace the model, or it is quantized already.
         NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
     """
-    items, example = example_of(calibration, inputs, example_inputs)
+    require_float(model, "quantize_model")
+    calls, example = calibration_calls(model, calibration, inputs, example_inputs)
     everywhere, named = split_methods(method)
     for wanted in (everywhere, *named.values()):
         if wanted is not None:
             require_supported(wanted, "quantize_model")
     traced = trace(copy.deepcopy(model).eval())
-    insert(traced, place(traced, everywhere, named, example), weight_bits)
+    insert(traced, place(traced, everywhere, named, example.inputs), weight_bits)
     with torch.no_grad(), calibration_mode(traced):
-        run_calibration(traced, items, inputs)
+        run_calibration(traced, calls)
     for module in traced.modules():
         if isinstance(module, PluginActProxy):
             module.quantizer.freeze()  # nothing to do, but for one that saw no data: that raises

@@ -24,9 +24,12 @@ from torch.fx import GraphModule, Node, Tracer
 from dqa_plugins.errors import InvalidMethod, UnsupportedInput
 from dqa_plugins.graph.fx import describe, follow_in_place
 from dqa_plugins.graph.record import record_shapes
-from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
+from dqa_plugins.host.placement import Group, Placement, Site, judge
 from dqa_plugins.host.quantize import methods_by_name
+from dqa_plugins.host.settings import warn_idle
+from dqa_plugins.host.sites import keep_summary
 from dqa_plugins.methods import Method
+from dqa_plugins.sites import iter_quantizers
 
 from .config import get_act_quant
 from .proxy import PluginActProxy
@@ -106,15 +109,18 @@ def insert(model: GraphModule, placement: Placement, weight_bits: int | None) ->
     groups: dict[Group, list[Site]] = {}
     for site in placement.sites:
         groups.setdefault(site.group, []).append(site)
+    start = next(node for node in model.graph.nodes if node.op != "placeholder")
     for index, (group, sites) in enumerate(groups.items()):
-        layer = _activation(model, sites) or _identity(model, sites, group.method)
+        layer = _activation(model, sites) or _identity(model, sites, group.method, start)
         proxy: Any = next(module for module in layer.modules() if isinstance(module, PluginActProxy))
         proxy.judged_axis = True
         quantizer, first = proxy.quantizer, sites[0]
         quantizer.name, quantizer.index, quantizer.producer_axis = first.name, index, first.channel_axis
     if weight_bits is not None:
         _quantize_weights(model, placement, weight_bits)
-    model.meta[PLACEMENT] = placement.summary()
+    summary = placement.summary()
+    keep_summary(summary, model, [quantizer for _, quantizer in iter_quantizers(model)])
+    warn_idle(summary)
     model.graph.lint()
     model.recompile()
 
@@ -133,21 +139,20 @@ def _activation(model: GraphModule, sites: list[Site]) -> nn.Module | None:
     return layer
 
 
-def _identity(model: GraphModule, sites: list[Site], method: Method) -> nn.Module:
-    """A QuantIdentity behind the tensors of the sites."""
+def _identity(model: GraphModule, sites: list[Site], method: Method, start: Node) -> nn.Module:
+    """A QuantIdentity behind the tensors of the sites; in front of `start`, behind all inputs, for one of those."""
     layer = qnn.QuantIdentity(act_quant=get_act_quant(method)).train(model.training)
     target = f"quant_{sites[0].name.replace('.', '_')}"
     while hasattr(model, target):
         target += "_"
     model.add_submodule(target, layer)
-    placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
     for site in sites:
         node: Node = site.value.key
         users = list(node.users)
         if site.readers is not None:
             reading = {reader.outputs[0].key if reader.outputs else None for reader in site.readers}
             users = [user for user in users if user in reading]
-        with model.graph.inserting_after(placeholders[-1] if node.op == "placeholder" else node):
+        with model.graph.inserting_before(start) if node.op == "placeholder" else model.graph.inserting_after(node):
             called = model.graph.call_module(target, (node,))
         for user in users:
             user.replace_input_with(node, called)

@@ -13,6 +13,7 @@ from torch import nn
 
 from dqa_plugins.qpp import Forwards, connect, fit, link
 from dqa_plugins.qpp.augment import undisturbed
+from dqa_plugins.qpp.session import positional
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .proxy import PluginActProxy
@@ -35,11 +36,12 @@ class PredictedCalibration:
         """The first forward: find the order of execution, connect, and begin its session."""
         self._handle.remove()
         quantizers = _execution_order(model, self.proxies, inputs, kwargs)
-        self.forwards = connect(quantizers, inputs=len(inputs))
+        given = positional(model, inputs, kwargs)
+        self.forwards = connect(quantizers, inputs=len(given))
         if self.forwards is not None:  # else what is predicted does not run
             self.forwards.attach(model)
             # this call's hooks were collected before
-            self.forwards.start((*inputs, *kwargs.values()))
+            self.forwards.start(given)
 
     def leave(self, *, interrupted: bool) -> None:
         """Fit the predictions, unless an error cut calibration short; from now on every forward reads them."""

@@ -9,7 +9,7 @@ eval, never calibrated       UncalibratedQuantizer
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from brevitas import config
@@ -19,6 +19,7 @@ from brevitas.nn.quant_layer import QuantNonLinearActLayer, QuantWeightBiasInput
 from brevitas.proxy import ActQuantProxyFromInjector
 from brevitas.quant_tensor import IntQuantTensor, QuantTensor
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from dqa_plugins.errors import ChannelMismatch, ExportFailed, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.quantizer import ActivationQuantizer
@@ -258,7 +259,7 @@ class PluginActProxy(ActQuantProxyFromInjector):
             return self.quantizer(y)  # a lean one, put here by dqa_plugins.export: plain tensors only
         self._check_started(y)
         y = self.quantizer(y)
-        if self.skip_create_quant_tensor or not self._wanted():
+        if self.skip_create_quant_tensor or isinstance(y, Proxy) or not self._wanted():
             return y
         grid = common_grid(self.quantizer)
         return IntQuantTensor(y, grid.scale, grid.zero_point, grid.bit_width, grid.signed, self.training)
@@ -303,6 +304,31 @@ class PluginActProxy(ActQuantProxyFromInjector):
         return UncalibratedQuantizer(
             f"{self.quantizer.label} was run without {'a complete ' if cut else ''}{event}. Run calibration batches "
             "through the model inside brevitas.graph.calibrate.calibration_mode, or train it."
+        )
+
+    def split_quantizer(self, layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+        """Activation function and quantizer of a call of this proxy, or of the layer around it; None: it does more.
+
+        `storage.prepare_stored` packs what is between the two.
+        """
+        plain = layer is self or (
+            isinstance(layer, QuantNonLinearActLayer)
+            and layer.act_quant is self
+            and not layer.return_quant_tensor
+            and not layer.input_quant.is_quant_enabled
+        )
+        if not plain or self._observing or self.export_mode or self.quantizer.state != "frozen":
+            return None
+        return self.fused_activation_quant_proxy.activation_impl, self.quantizer
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script.
+
+        Raises:
+            UnsupportedCombination: always; stock layers fail there too.
+        """
+        raise UnsupportedCombination(
+            f"{self.quantizer.label}: torch.jit.script takes no layers of Brevitas; use torch.export."
         )
 
     # ------------------------------------------------------------ state_dict

@@ -7,22 +7,22 @@
 Importing this room installs its hooks into torch.ao (see `hooks`).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dqa_plugins.host.weights import install_reader, quantized_weights
 
-from .config import (
-    PluginQConfigMapping,
-    dense_sparse_qconfig,
-    direct_qconfig,
-    dqa_qconfig,
-    get_qconfig,
-    get_qconfig_mapping,
-    noisyquant_qconfig,
-    qpp_qconfig,
-)
+from .config import READY_MADE, PluginQConfigMapping, get_qconfig, get_qconfig_mapping, ready_made
 from .convert import quantize_model
 from .hooks import install
 from .observer import FXObserver
 from .weights import read_weights
+
+if TYPE_CHECKING:
+    dense_sparse_qconfig: PluginQConfigMapping
+    direct_qconfig: PluginQConfigMapping
+    dqa_qconfig: PluginQConfigMapping
+    noisyquant_qconfig: PluginQConfigMapping
+    qpp_qconfig: PluginQConfigMapping
 
 install()
 install_reader("fx", read_weights)
@@ -40,3 +40,10 @@ __all__ = [
     "quantize_model",
     "quantized_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The ready-made mappings, each a fresh one."""
+    if name in READY_MADE:
+        return ready_made(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

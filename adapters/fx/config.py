@@ -23,17 +23,32 @@ from dqa_plugins.prediction import QPP
 from .observer import FXObserver
 
 WEIGHT_SCHEMES = ("channel", "qpp")
+SKIP = "skip:"  # in front of a name among those of modules: one of `skip`
 
 
 class PluginQConfigMapping(QConfigMapping):
     """A QConfigMapping that also knows which layers to leave float, by position or by name.
 
-    Everything of QConfigMapping works on it: set_module_name, set_object_type, set_module_name_regex, ...
+    Everything of QConfigMapping works on it: set_module_name, set_object_type, set_module_name_regex, ... What to skip
+    is kept among the names of modules, so that `QConfigMapping.from_dict(mapping.to_dict())` skips the same.
     """
 
     def __init__(self, skip: Iterable[str] = ()) -> None:
         super().__init__()
-        self.skip = check_skip(skip)
+        for name in check_skip(skip):
+            self.set_module_name(SKIP + name, None)
+
+
+def skipped(mapping: QConfigMapping) -> tuple[str, ...]:
+    """The entries of `skip` in a mapping."""
+    return tuple(name.removeprefix(SKIP) for name in mapping.module_name_qconfigs if name.startswith(SKIP))
+
+
+class _FloatWeight(PlaceholderObserver):
+    """Observes nothing; QAT's layers give an observer of weights a keyword that a placeholder does not take."""
+
+    def __init__(self, factory_kwargs: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
 
 
 class _WeightRange(MinMaxObserver):
@@ -64,7 +79,7 @@ def weight_constructor(weight_bits: int | None, weight_scheme: str, channel_axis
         raise InvalidMethod(f"weight_scheme={weight_scheme!r}: one of {', '.join(map(repr, WEIGHT_SCHEMES))}.")
     if weight_bits is None:
         # NoopObserver(qint8) and weight=None both fail in prepare_fx (torch 2.13): a float32 placeholder passes
-        return PlaceholderObserver.with_args(dtype=torch.float32)
+        return _FloatWeight.with_args(dtype=torch.float32)
     if not isinstance(weight_bits, int) or isinstance(weight_bits, bool) or not 2 <= weight_bits <= 8:
         raise InvalidMethod(
             f"weight_bits={weight_bits!r}: an integer from 2 to 8 (FX holds weights as qint8), or None for float."
@@ -124,7 +139,8 @@ def get_qconfig_mapping(
     Args:
         method: for every layer; None: float unless set for a layer.
         weight_bits, weight_scheme: see `weight_constructor`.
-        skip: "first", "last" (the first and last layer with a weight), or names of modules to leave float.
+        skip: "first", "last" (the first and last layer with a weight), "ends" (both, where there are more than three
+            such layers), or names of modules to leave float.
 
     Raises:
         NotAMethod, InvalidMethod.
@@ -141,8 +157,21 @@ def get_qconfig_mapping(
     return mapping
 
 
-direct_qconfig = get_qconfig_mapping(Direct())
-dqa_qconfig = get_qconfig_mapping(DQA())
-noisyquant_qconfig = get_qconfig_mapping(NoisyQuant())
-dense_sparse_qconfig = get_qconfig_mapping(DenseSparse())
-qpp_qconfig = get_qconfig_mapping(DenseSparse(qparams=QPP()))
+# what docs/results/default_settings.json measured as the sensible default of each method
+READY_MADE: dict[str, Method] = {
+    "direct_qconfig": Direct(granularity="channel"),
+    "dqa_qconfig": DQA(granularity="channel"),
+    "noisyquant_qconfig": NoisyQuant(granularity="channel"),
+    "dense_sparse_qconfig": DenseSparse(),
+    "qpp_qconfig": DenseSparse(qparams=QPP()),
+}
+
+
+def ready_made(name: str) -> PluginQConfigMapping:
+    """A fresh mapping each time, so that setting a layer in it changes nobody else's; the first and the last layer of
+    networks with more than three stay float.
+
+    Args:
+        name: a key of `READY_MADE`.
+    """
+    return get_qconfig_mapping(READY_MADE[name], skip=("ends",))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from dqa_plugins.host.quantize import example_of, run_calibration, split_methods
+from dqa_plugins.host.quantize import calibration_calls, run_calibration, split_methods
 from dqa_plugins.methods import Method
 
 from .config import get_qconfig, get_qconfig_mapping
@@ -29,22 +29,23 @@ def quantize_model(
         model: float, in eval mode; it is not changed.
         method: for every layer, or {site or module: method or None}; what the mapping does not name stays float,
             unless it names "", which stands for all.
-        calibration: items: a tensor is the one input, a tuple or list the positional inputs, a dict keyword inputs.
+        calibration: what a DataLoader yields (see `dqa_plugins.batches`); targets are left out.
         example_inputs: for tracing shapes; None: the first item.
         weight_bits: 2 to 8; None leaves weights float.
-        inputs: a function item -> inputs, for items that hold more.
+        inputs: a function item -> inputs, where those are not clear.
 
     Raises:
         NotAMethod, InvalidMethod, UncalibratedQuantizer.
+        UnsupportedInput: the model is quantized already.
     """
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-    items, example = example_of(calibration, inputs, example_inputs)
+    calls, example = calibration_calls(model, calibration, inputs, example_inputs)
     everywhere, named = split_methods(method)
     mapping = get_qconfig_mapping(everywhere, weight_bits=weight_bits)
     for name, wanted in named.items():
         mapping.set_module_name(name, None if wanted is None else get_qconfig(wanted, weight_bits=weight_bits))
-    prepared = prepare_fx(model, mapping, example)
-    run_calibration(prepared, items, inputs)
+    prepared = prepare_fx(model, mapping, example.inputs)
+    run_calibration(prepared, calls)
     converted: GraphModule = convert_fx(prepared)
     return converted

@@ -6,9 +6,22 @@ and the ReLU behind it becomes an Identity: afterwards nobody knows what was fus
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
 SITE = "dqa_site"  # key in Node.meta
+CALLED = "dqa_called"  # key in GraphModule.meta: types called before fusion
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What settings can match: classes of modules, functions and methods that are called; names of modules."""
+
+    types: Collection[Any]
+    paths: Collection[str]
 
 
 def fused_into(traced: GraphModule, fused_names: set[str]) -> dict[str, str]:

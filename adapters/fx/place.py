@@ -8,28 +8,33 @@ methods that FX found for each node, and puts observers where it says. Observers
 from __future__ import annotations
 
 import logging
-import warnings
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.ao.nn import quantizable
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase, QConfigMapping
 from torch.fx import GraphModule, Node
 
-from dqa_plugins.errors import DQAWarning, UnsupportedCombination
+from dqa_plugins.errors import UnsupportedCombination
 from dqa_plugins.graph.aliases import dropped_writes
 from dqa_plugins.graph.fx import TensorFacts, describe, follow_in_place
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.graph.record import record_shapes
 from dqa_plugins.host.convert import link_reader
-from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site, judge
+from dqa_plugins.host.placement import Group, Placement, Site, judge
+from dqa_plugins.host.quantize import require_float
+from dqa_plugins.host.settings import warn_idle
+from dqa_plugins.host.sites import Summary, keep_summary, summaries
 from dqa_plugins.host.skip import resolve_skip
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
-from .names import site_name
+from .config import SKIP, PluginQConfigMapping
+from .names import Seen, site_name
 from .observer import FXObserver
 
 logger = logging.getLogger(__name__)
@@ -52,28 +57,32 @@ def observer_nodes(model: GraphModule) -> Iterator[tuple[Node, FXObserver]]:
             yield node, observer
 
 
-def place(model: GraphModule, mapping: Any, example_inputs: Any, *, qat: bool) -> None:
+def place(model: GraphModule, mapping: Any, example_inputs: Any, seen: Seen, *, qat: bool) -> None:
     """Put the observers of a model which FX just prepared where the judge says. Changes the model in place.
 
     Args:
         model: what FX's `prepare` returned.
-        mapping: the user's QConfigMapping or dict.
+        mapping: the user's QConfigMapping.
         example_inputs: the user's, for shapes.
+        seen: what the model calls, for settings that match nothing.
         qat: True from prepare_qat_fx.
 
     Raises:
         DuplicateSites: two sites have one name.
     """
-    if isinstance(mapping, dict):
-        mapping = QConfigMapping.from_dict(mapping)
     asked = _Asked(model, mapping)
     if asked.anything:
+        require_float(model, "prepare_fx")
         _take_out(model)
         follow_in_place(model)
         placement = find_sites(model, asked, example_inputs)
+        placement.idle += asked.unmatched(seen)
         _put_in(model, placement, asked, qat=qat)
-        model.meta[PLACEMENT] = placement.summary()
-        _warn_unmatched(placement)
+        summary = placement.summary()
+        keep_summary(summary, model, [observer.quantizer for _, observer in observer_nodes(model)])
+        warn_idle(summary)
+    elif isinstance(mapping, PluginQConfigMapping) and not any(asked.qconfigs.values()):
+        warn_idle(Summary(), asked=False)
     number(model)
     prepare_graph(model, [quantizer for _, quantizer in iter_quantizers(model)])
 
@@ -96,7 +105,34 @@ def find_sites(model: GraphModule, asked: _Asked, example_inputs: Any) -> Placem
             "read again; torch.fx takes such a write for dead code and drops it in silence. Write the model without "
             "it (y = y + 1 for y.view(...).add_(1)), or quantize it with PT2E."
         )
-    return judge(operations, asked.method_of, overrides=asked.by_name)
+    placement = judge(operations, asked.method_of, overrides=asked.by_name)
+    _refuse_integers(model, placement, custom)
+    return placement
+
+
+def _refuse_integers(model: GraphModule, placement: Placement, custom: Any) -> None:
+    """Refuse what FX does with integer tensors only: ours are float tensors that hold quantized values.
+
+    Raises:
+        UnsupportedCombination: a quantized output, a static LSTM or attention with our QConfig.
+    """
+    ours = {site.value.key for site in placement.sites}
+    output: Any = next(iter(reversed(model.graph.nodes)))
+    given = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
+    for index in custom.output_quantized_indexes:
+        if index < len(given) and given[index] in ours:
+            raise UnsupportedCombination(
+                f"set_output_quantized_indexes([{index}]): our quantizers give float tensors, so this output would be "
+                "float too. Leave the index out, or give the last layer a QConfig of torch.ao."
+            )
+    for path, module in model.named_modules():
+        if type(module) in (quantizable.LSTM, quantizable.MultiheadAttention):
+            if any(isinstance(part, FXObserver) for part in module.modules()):
+                raise UnsupportedCombination(
+                    f"'{path}': FX converts {type(module).__name__} of torch.ao.nn.quantizable to int8 arithmetic, "
+                    "which only torch.ao's own observers serve. Leave it out of set_float_to_observed_mapping: what "
+                    "it reads and gives is quantized then, and its inside stays float."
+                )
 
 
 class _Asked:
@@ -108,10 +144,12 @@ class _Asked:
     """
 
     def __init__(self, model: GraphModule, mapping: QConfigMapping) -> None:
+        self.mapping = mapping
         self.known: dict[int, tuple[Any, Method | None]] = {}
         self.qconfigs = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
         # a QConfig of ours and none say what happens to a site; torch.ao's own do not
-        named = {name: (q is None, self._method(q)) for name, q in mapping.module_name_qconfigs.items()}
+        names = {name: q for name, q in mapping.module_name_qconfigs.items() if not name.startswith(SKIP)}
+        named = {name: (q is None, self._method(q)) for name, q in names.items()}
         self.by_name = {name: method for name, (none, method) in named.items() if none or method is not None}
 
     @property
@@ -127,6 +165,21 @@ class _Asked:
     def of_node(self, node: Node) -> Method | None:
         """The method that FX found for a node."""
         return self._method(self.qconfigs.get(node.name))
+
+    def unmatched(self, seen: Seen) -> list[tuple[str, str]]:
+        """(setting, reason) of types and patterns that match nothing; those of torch.ao's own QConfigs are not said."""
+        everywhere, found = self._method(self.mapping.global_qconfig), []
+        for kind, qconfig in self.mapping.object_type_qconfigs.items():
+            same = qconfig is not None and self._method(qconfig) == everywhere  # other weights at most
+            if kind not in seen.types and not same and self._concerns_us(qconfig):
+                found.append((getattr(kind, "__name__", str(kind)), "the model calls none of that type"))
+        for pattern, qconfig in self.mapping.module_name_regex_qconfigs.items():
+            if not any(re.match(pattern, path) for path in seen.paths) and self._concerns_us(qconfig):
+                found.append((pattern, "a pattern that no module's name matches"))
+        return found
+
+    def _concerns_us(self, qconfig: Any) -> bool:
+        return qconfig is None or self._method(qconfig) is not None
 
     def _method(self, qconfig: Any) -> Method | None:
         if qconfig is None:
@@ -218,9 +271,12 @@ def number(model: GraphModule) -> None:
         if isinstance(module, FXObserver):
             quantizers.append(module.quantizer)
         elif isinstance(module, GraphModule) and node.target:
-            for _, quantizer in iter_quantizers(module):
+            inner = [quantizer for _, quantizer in iter_quantizers(module)]
+            for quantizer in inner:
                 quantizer.name = f"{node.target}.{quantizer.name}"
-                quantizers.append(quantizer)
+            for summary in list(summaries(module)):
+                keep_summary(summary.inside(str(node.target)), module, inner)
+            quantizers += inner
     for index, quantizer in enumerate(quantizers):
         quantizer.index = index
     require_unique([quantizer.name for quantizer in quantizers])
@@ -239,17 +295,6 @@ def _shapes(model: GraphModule, example_inputs: Any) -> dict[Node, TensorFacts] 
             error,
         )
         return None
-
-
-def _warn_unmatched(placement: Placement) -> None:
-    if placement.unmatched:
-        warnings.warn(
-            DQAWarning(
-                f"set_module_name matched nothing for {', '.join(map(repr, placement.unmatched[:8]))}: the model has "
-                "no module or site of that name."
-            ),
-            stacklevel=4,
-        )
 
 
 def layers_to_skip(model: GraphModule, skip: tuple[str, ...]) -> list[str]:

@@ -27,7 +27,7 @@ check_framework()
 from dqa_plugins.host.weights import install_reader, quantized_weights  # noqa: E402
 
 from .config import InvalidConfig  # noqa: E402 - the check comes before anything that stands on NNCF's internals
-from .convert import quantize, quantize_model  # noqa: E402
+from .convert import placement, quantize, quantize_model  # noqa: E402
 from .hooks import register, unregister  # noqa: E402
 from .observer import NNCFQuantizer  # noqa: E402
 from .saving import ALLOWED_MODULES, load, save  # noqa: E402
@@ -41,6 +41,7 @@ __all__ = [
     "NNCFQuantizer",
     "bake_weights",
     "load",
+    "placement",
     "quantize",
     "quantize_model",
     "quantized_weights",

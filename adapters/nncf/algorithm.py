@@ -21,7 +21,9 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from torch import nn
 
 from dqa_plugins.errors import UnsupportedCombination
-from dqa_plugins.host.placement import PLACEMENT, Placement
+from dqa_plugins.host.placement import Placement
+from dqa_plugins.host.settings import warn_idle
+from dqa_plugins.host.sites import keep_summary
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp import connect, fit
 
@@ -153,8 +155,12 @@ class ActivationQuantization(MinMaxQuantization):
         if self._quantization_target_points_to_qconfig:
             model = super().apply(model, graph, statistic_points, dataset)
         keep_eager(model.model)
-        setattr(model.model, PLACEMENT, self.placement.summary())
-        if not self.sites:
+        summary = self.placement.summary()
+        keep_summary(summary, model.model, [site.quantizer for site in self.sites])
+        if self.plan.named is not None:
+            warn_idle(summary)
+        elif not self.sites:
             logger.warning("NNCF found no activation to quantize (are all of them ignored?)")
+        if not self.sites:
             return model
         return PT2ModelTransformer(model).transform(layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,16 +21,16 @@ from nncf.torch.function_hook.statistics.aggregator import PT2StatisticsAggregat
 from torch import nn
 
 from dqa_plugins.errors import DQAWarning, InvalidMethod, UncalibratedQuantizer, UnsupportedInput
-from dqa_plugins.host.quantize import as_call, example_of, split_methods
+from dqa_plugins.host.quantize import calibration_calls, require_float, split_methods
 from dqa_plugins.methods import Method
 from dqa_plugins.qpp import link
-from dqa_plugins.sites import iter_quantizers
+from dqa_plugins.report.placement import PlacementReport, report_of
 
 from .algorithm import ActivationQuantization, Plan
 from .config import Weights, check, parse
 from .describe import describe
 from .names import record_calls
-from .place import float_operations
+from .place import float_operations, place
 from .samples import FirstSamples, tensors_of
 from .scopes import ignored_operations
 
@@ -80,10 +81,10 @@ def quantize_model(
         model: float; it is not changed.
         method: for every layer, or {site or module: method or None}; what the mapping does not name stays float,
             unless it names "", which stands for all.
-        calibration: items: a tensor is the one input, a tuple or list the positional inputs, a dict keyword inputs.
+        calibration: what a DataLoader yields (see `dqa_plugins.batches`); targets are left out.
         example_inputs: for NNCF's graph; None: the first item.
         weight_bits: 8; None leaves weights float.
-        inputs: a function item -> inputs, for items that hold more.
+        inputs: a function item -> inputs, where those are not clear.
 
     Raises:
         NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
@@ -94,18 +95,30 @@ def quantize_model(
             f"weight_bits={weight_bits!r}: NNCF's post-training quantization takes 8-bit weights, or None for float; "
             "for others use the FX adapter."
         )
-    calibration, example = example_of(calibration, inputs, example_inputs)
+    calls, example = calibration_calls(model, calibration, inputs, example_inputs)
     everywhere, named = split_methods(method)
     for wanted in (everywhere, *named.values()):
         if wanted is not None:
             check(wanted, "quantize_model")
-    samples, items = _samples(model, nncf.Dataset(_Once(calibration), lambda item: _as_item(item, inputs)), None)
-    wrapper = _wrap(model, example=_as_item(example))
+    samples, items = _samples(model, nncf.Dataset(_Once(calls), lambda call: call.inputs), None)
+    wrapper = _wrap(model, example=example.inputs)
     samples.inputs = len(tuple(tensors_of(wrapper.example_input)))
     ignored = float_operations(describe(wrapper.get_graph(), wrapper.model, record_calls(wrapper)), everywhere, named)
     weights = None if weight_bits is None else Weights()
     plan = Plan(everywhere, named=named, weights=weight_bits is not None, samples=samples)
     return _run(plan, weights, ignored, wrapper, items, weights is not None, outputs=True)
+
+
+def placement(model: nn.Module, dataset: nncf.Dataset, config: Any) -> PlacementReport:
+    """What `quantize` would place, without calibrating: the same arguments and errors."""
+    entry = parse(config)
+    _, items = _samples(model, dataset, entry.num_samples)
+    wrapper = _wrap(model, items)
+    calls, graph = record_calls(wrapper), wrapper.get_graph()
+    ignored = ignored_operations(entry, graph, wrapper.model, calls.enclosing)
+    described = describe(graph, wrapper.model, calls)
+    found = place(described, entry.method, entry.overrides, ignored, quantize_outputs=entry.quantize_outputs)
+    return report_of([found.summary()])
 
 
 class _Once:
@@ -118,23 +131,15 @@ class _Once:
         return iter(self.items)
 
 
-def _as_item(item: Any, inputs: Callable[[Any], Any] | None = None) -> Any:
-    """A calibration item as NNCF takes it: keyword inputs as a dict, positional ones as a tuple."""
-    positional, keywords = as_call(item, inputs)
-    return keywords or positional
-
-
 def _samples(model: Any, dataset: Any, limit: int | None) -> tuple[FirstSamples, nncf.Dataset]:
     if not isinstance(model, nn.Module):
         raise UnsupportedInput(f"quantize takes a torch.nn.Module; got a {type(model).__name__}.")
-    placed = [name for name, _ in iter_quantizers(model)]
-    if placed:
-        raise UnsupportedInput(f"quantize takes a float model; this one is quantized already ({placed[0]!r}, ...).")
+    require_float(model, "quantize")
     if not isinstance(dataset, nncf.Dataset):
         raise UnsupportedInput(
             f"quantize takes an nncf.Dataset; got a {type(dataset).__name__}: wrap it, nncf.Dataset(...)."
         )
-    samples = FirstSamples(dataset, limit)
+    samples = FirstSamples(dataset, limit, inspect.signature(model.forward).parameters)
     return samples, nncf.Dataset(samples)
 
 

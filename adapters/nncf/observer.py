@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from nncf.common.tensor_statistics.collectors import TensorCollector
@@ -11,7 +11,7 @@ from nncf.torch.utils import is_tracing_state
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from dqa_plugins.errors import UncalibratedQuantizer
+from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.methods import Method, method_from_dict, method_to_dict
 from dqa_plugins.qpp import Forwards, Session
 from dqa_plugins.qpp.session import end
@@ -46,6 +46,16 @@ class NNCFQuantizer(ActivationQuantizer, StatefulModuleInterface):
         if prediction is not None:
             return super().forward(x, prediction)
         return quantize_activation(x, self)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script.
+
+        Raises:
+            UnsupportedCombination: always; NNCF's models replace `forward` by what scripting does not take.
+        """
+        raise UnsupportedCombination(
+            f"{self.label}: torch.jit.script takes no model of NNCF. Use torch.jit.trace, or torch.export."
+        )
 
     def get_config(self) -> dict[str, Any]:
         """What rebuilds the module before its state_dict is loaded, as JSON-compatible values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import nncf
@@ -21,21 +21,30 @@ class FirstSamples:
     Args:
         dataset: of NNCF; items are tensors, or tuples, lists or dicts of them.
         limit: number of samples, None for all.
+        parameters: of the model's forward, by whose order the inputs are counted.
     """
 
-    def __init__(self, dataset: nncf.Dataset, limit: int | None) -> None:
-        self.dataset, self.limit = dataset, limit
+    def __init__(self, dataset: nncf.Dataset, limit: int | None, parameters: Iterable[str] = ()) -> None:
+        self.dataset, self.limit, self.parameters = dataset, limit, tuple(parameters)
         self.forwards: Forwards | None = None  # QPP: of the model
         self.inputs = 0  # tensors in an item
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self._items():
+        for item in map(self._in_order, self._items()):
             tensors = tuple(tensors_of(item))
             self.inputs = len(tensors)
             if self.forwards is None:
                 yield item
                 continue
             yield from self._run(item, tensors)
+
+    def _in_order(self, item: Any) -> Any:
+        if not isinstance(item, dict):
+            return item
+        return {name: item[name] for name in sorted(item, key=self._position)}
+
+    def _position(self, name: str) -> int:
+        return self.parameters.index(name) if name in self.parameters else len(self.parameters)
 
     def _run(self, item: Any, tensors: tuple[Tensor, ...]) -> Iterator[Any]:
         """The item in a session, and what augmentation makes of it in another."""

@@ -34,6 +34,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from dqa_plugins.errors import ExportFailed
 from dqa_plugins.host.weights import QuantizedWeight, WeightSite, hold
+from dqa_plugins.rounding import cast, compute_dtype
 
 
 def symmetric_quantize(weight: Tensor, quantizer: Any) -> Tensor:
@@ -50,6 +51,8 @@ def symmetric_quantize(weight: Tensor, quantizer: Any) -> Tensor:
 def fake_quantize(weight: Tensor, low: Tensor, span: Tensor, steps: Tensor) -> Tensor:
     """NNCF's formula (nncf.torch.quantization.reference), in the same order of operations.
 
+    Half types are computed in float32, where NNCF would leave a float32 weight to a layer of another dtype.
+
     Args:
         weight: any shape.
         low, span: smallest value and width of the range, broadcast against weight.
@@ -57,7 +60,7 @@ def fake_quantize(weight: Tensor, low: Tensor, span: Tensor, steps: Tensor) -> T
     """
     scale = span.reciprocal() * steps  # what `number / tensor` computes in NNCF's formula; `steps / span` is an ulp off
     codes = torch.maximum(torch.minimum(weight, low + span), low) - low
-    return (codes * scale - (-low * scale).round()).round() / scale
+    return cast((codes * scale - (-low * scale).round()).round() / scale, weight.dtype)
 
 
 class _Exportable:
@@ -92,7 +95,7 @@ class SymmetricWeight(_Exportable, SymmetricQuantizer):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """(low, span) of the range."""
-        high = self.scale.abs() + self.eps
+        high = single(self.scale).abs() + self.eps
         low = high * (self._level_low / self._level_high)
         return low, high - low
 
@@ -102,8 +105,13 @@ class AsymmetricWeight(_Exportable, AsymmetricQuantizer):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """(low, span) of the range, moved so that zero is on the grid."""
-        span = self.input_range.abs() + self.eps
-        return tune_range(self.input_low, span, self._level_high - self._level_low)
+        span = single(self.input_range).abs() + self.eps
+        return tune_range(single(self.input_low), span, self._level_high - self._level_low)
+
+
+def single(parameter: Tensor) -> Tensor:
+    """A parameter of a half type in float32."""
+    return cast(parameter, compute_dtype(parameter.dtype))
 
 
 def tune_range(low: Tensor, span: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

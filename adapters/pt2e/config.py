@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +10,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from dqa_plugins.errors import DQAWarning, InvalidMethod
+from dqa_plugins.errors import InvalidMethod, UnsupportedCombination
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.graph.readers import geometry, next_linear
 from dqa_plugins.host.patterns import Pattern
 from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site
+from dqa_plugins.host.quantize import require_float
+from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.skip import check_skip, resolve_skip, within
 from dqa_plugins.methods import Method, check_method
 
@@ -24,14 +25,16 @@ from .host import (
     MovingAveragePerChannelMinMaxObserver,
     QuantizationSpec,
     Quantizer,
-    SharedQuantizationSpec,
     annotation_class,
 )
+from .names import TRAINED_NORM
 from .observer import PT2EObserver, PT2EWeight, WeightRange
 from .place import Described, describe, place
+from .sharing import Placed, Shared
 
 logger = logging.getLogger(__name__)
 
+_ADVICE = ", and whether another Quantizer took them all (put this one first)"
 WEIGHT_SCHEMES = ("channel", "qpp")
 
 
@@ -79,7 +82,8 @@ class PluginQuantizer(Quantizer):
 
     Args:
         weight_bits, weight_scheme: see `weight_spec`.
-        skip: "first", "last" (the first and last layer with a weight), or names of modules to leave float.
+        skip: "first", "last" (the first and last layer with a weight), "ends" (both, where there are more than three
+            such layers), or names of modules to leave float.
 
     Raises:
         InvalidMethod, NotAMethod; an unknown name when the model is prepared.
@@ -126,7 +130,14 @@ class PluginQuantizer(Quantizer):
 
         Raises:
             InvalidMethod: a name given to `skip` or set_module_name is nowhere in the model.
+            UnsupportedCombination: a batch norm was exported in training mode, or torchao quantizes no such weight.
         """
+        require_float(model, "PluginQuantizer")
+        if TRAINED_NORM in model.meta:
+            raise UnsupportedCombination(
+                f"'{model.meta[TRAINED_NORM]}' is a batch norm in training mode, and prepare_pt2e folds it as if it "
+                "were not. Call .eval() on the model before it is exported, or train it with prepare_qat_pt2e."
+            )
         graph = describe(model.graph)
         skipped = self._check_names(graph.operations)
         taken = {op for op, unit in graph.units.items() if any(ANNOTATION in node.meta for node in unit.nodes)}
@@ -136,18 +147,12 @@ class PluginQuantizer(Quantizer):
         for pattern in placement.patterns:
             self._annotate_pattern(pattern, graph)
         _annotate_activations(model, placement, graph)
-        model.meta[PLACEMENT] = placement.summary()
-        if not placement.sites and any(
-            m is not None for m in (self._global, *self._names.values(), *self._types.values())
-        ):
-            warnings.warn(
-                DQAWarning(
-                    "PluginQuantizer placed no quantizer: no call of the graph has a method, or another Quantizer "
-                    "took them all. Prepare the .module() of a torch.export.export'ed model, check the names, types "
-                    "and skip, and put this Quantizer before others."
-                ),
-                stacklevel=2,
-            )
+        types = {kind for op in graph.operations for kind in op.types}
+        placement.idle += [(kind, "the model has no module of that type") for kind in self._types if kind not in types]
+        summary = placement.summary()
+        model.meta[PLACEMENT] = summary
+        asked = any(m is not None for m in (self._global, *self._names.values(), *self._types.values()))
+        warn_idle(summary, asked=asked, advice=_ADVICE)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -183,6 +188,7 @@ class PluginQuantizer(Quantizer):
         spec = weight_spec(self.weight_bits, self.weight_scheme, axis)
         for node in graph.units[pattern.root].nodes:
             if _is_layer(node):
+                _check_weight(spec, node.args[1], pattern.root.path)
                 # torchao's QAT rewrite takes the first two entries for input and weight (0.18)
                 entries = _annotation(node).input_qspec_map
                 entries.setdefault(node.args[0], None)
@@ -198,6 +204,14 @@ def _unknown(name: str, operations: list[Operation]) -> InvalidMethod:
     return InvalidMethod(
         f"set_module_name({name!r}): no module or site of the model; modules are {', '.join(paths[:8])}, ..."
     )
+
+
+def _check_weight(spec: Any, weight: Any, path: str) -> None:
+    if spec is not None and getattr(weight.meta.get("val"), "dtype", None) == torch.float64:
+        raise UnsupportedCombination(
+            f"{path}: torchao quantizes weights of float32, float16 and bfloat16, and this one is float64. Convert the "
+            "model with .float() before it is exported, or leave weights float with weight_bits=None."
+        )
 
 
 def _is_layer(node: Node) -> bool:
@@ -227,7 +241,7 @@ def _annotate_activations(model: GraphModule, placement: Placement, graph: Descr
         calls.sort(key=lambda call: call[:2])
         spec, (_, _, value, reader) = _spec(model, sites[0], index[sites[0]], graph), calls[0]
         for k, call in enumerate(calls):
-            shared = SharedQuantizationSpec(value if reader is None else (value, reader)) if k else spec
+            shared = Shared(value if reader is None else (value, reader)) if k else spec
             if call[3] is None:
                 _annotation(call[2]).output_qspec = shared
             else:
@@ -248,4 +262,4 @@ def _spec(model: GraphModule, site: Site, index: int, graph: Described) -> Any:
         method=site.method, name=site.name, index=index, producer_axis=site.channel_axis, consumer=consumer
     )
     # no qscheme: no other Quantizer's spec equals it, so torchao never merges our observers with theirs
-    return QuantizationSpec(torch.uint8, constructor, 0, 255, None)
+    return Placed(torch.uint8, constructor, 0, 255, None)

@@ -4,8 +4,10 @@ Four functions get a wrapper, once, when this room is imported. All are looked u
 it does not matter whether prepare_pt2e was imported before. Only our observers are treated differently.
 
 - `quantize_pt2e._fuse_conv_bn_` and `_fuse_linear_bn_`: names the sites before batch norms disappear into layers; a
-  Quantizer is only asked afterwards (torchao 0.18). Batch norms behind a layer that others read too stay.
-- `quantize_pt2e.prepare`: tells our observers that prepare_qat_pt2e is at work, which no Quantizer gets to know.
+  Quantizer is only asked afterwards (torchao 0.18). Batch norms behind a layer that others read too stay. Those in
+  training mode are remembered: they are folded as if they were in eval mode, and our Quantizer refuses that.
+- `quantize_pt2e.prepare`: tells our observers that prepare_qat_pt2e is at work, which no Quantizer gets to know; keeps
+  other Quantizers from sharing them (see `sharing`).
 - `export_utils._replace_dropout`: move_exported_model_to_eval and _to_train end there. They rewrite dropout and batch
   norm and leave `.training` of observers alone; ours must stop learning in eval mode.
 """
@@ -24,12 +26,14 @@ from dqa_plugins.errors import FrameworkMismatch
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.host import hooks
 from dqa_plugins.host.hooks import Hook, Host
+from dqa_plugins.host.sites import keep_summary, summaries
 from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
 from .host import ANNOTATION, TESTED, torchao
-from .names import name_sites, readers
+from .names import SITE, TRAINED_NORM, name_sites, readers
 from .observer import PT2EObserver, PT2EWeight
+from .sharing import separate
 
 _NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default)
 HOST = Host("torchao", str(torchao.__version__), tested=TESTED, room="PT2E", otherwise="use the FX flow")
@@ -38,6 +42,9 @@ HOST = Host("torchao", str(torchao.__version__), tested=TESTED, room="PT2E", oth
 def _fuse_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def fuse(m: GraphModule, *args: Any, **kwargs: Any) -> Any:
         name_sites(m.graph)
+        trained = [n for n in m.graph.nodes if n.target is torch.ops.aten.batch_norm.default and n.args[5] is True]
+        if trained:
+            m.meta[TRAINED_NORM] = trained[0].meta.get(SITE, trained[0].name)
         with _shared_layers_kept(m):
             return original(m, *args, **kwargs)
 
@@ -71,6 +78,7 @@ def _shared_layers_kept(m: GraphModule) -> Iterator[None]:
 
 def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(model: GraphModule, node_name_to_scope: Any, is_qat: bool, *args: Any, **kwargs: Any) -> GraphModule:
+        separate(model)
         prepared = original(model, node_name_to_scope, is_qat, *args, **kwargs)
         if is_qat:
             for module in prepared.modules():
@@ -80,6 +88,8 @@ def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
                     module.enable_fake_quant()
         quantizers = [quantizer for _, quantizer in iter_quantizers(prepared)]
         require_unique([quantizer.name for quantizer in quantizers], "the prepared model")
+        for summary in list(summaries(prepared)):
+            keep_summary(summary, prepared, quantizers)
         prepare_graph(prepared, quantizers)
         return prepared
 

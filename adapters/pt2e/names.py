@@ -19,6 +19,7 @@ from dqa_plugins.graph.fx import sources
 from dqa_plugins.graph.names import SiteNames
 
 SITE = "dqa_site"  # key in Node.meta
+TRAINED_NORM = "dqa_trained_norm"  # key in GraphModule.meta: a batch norm that was folded in training mode
 
 # Export records the method that Python's operators end in, FX the operator.
 _OPERATORS = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import FrameworkMismatch
-from dqa_plugins.host.convert import convert_site
+from dqa_plugins.host.convert import convert_site, run_switched
 from dqa_plugins.methods import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 
@@ -52,16 +52,8 @@ class PT2EObserver(FakeQuantizeBase):
         In QAT the observer learns while it is in training mode and torchao's observer switch is on. The first is
         set by torchao's move_exported_model_to_eval and _to_train (see `hooks`).
         """
-        quantizer = self.quantizer
-        observing = self.observer_enabled[0] == 1
-        if quantizer.state == "observe":
-            return quantizer(x) if observing else x
-        quantizer.training = self.training and bool(observing)
-        if self.fake_quant_enabled[0] == 1:
-            return quantizer(x)
-        if quantizer.training:
-            quantizer(x)
-        return x
+        observing = bool(self.observer_enabled[0] == 1) and (self.training or self.quantizer.state == "observe")
+        return run_switched(self.quantizer, x, observing=observing, quantizing=bool(self.fake_quant_enabled[0] == 1))
 
     def calculate_qparams(self, **_: Any) -> NoReturn:
         """torchao calls `convert` instead.

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqa_plugins.progress import Progress
+
 from .frozen import FrozenQuantizer, unique
 from .parity import UNKNOWN, BackendParity, Call, network_parity, quantizer_parity
 from .program import as_inputs, exportable
-from .runners import Target, check_backend, compiled, flat_outputs
+from .runners import PROMISES, Target, check_backend, compiled, flat_outputs
 
 
 class _Recorded(nn.Module):
@@ -90,8 +92,8 @@ class Comparison:
             [call.prediction is not None for call in self.calls],
         )
         self.tensors = tuple(t.contiguous() for call in self.calls for t in (call.x, call.prediction) if t is not None)
-        self.side, self.plain = Target(side, self.tensors), Target(ready, self.inputs)
-        self.recorded = Target(recorded, self.inputs)
+        self.side, self.recorded = Target(side, self.tensors), Target(recorded, self.inputs)
+        self.plain = Target(ready, self.inputs, self.recorded)
 
     @torch.no_grad()
     def against(self, backend: str) -> list[BackendParity]:
@@ -115,12 +117,17 @@ class Comparison:
         for variant, run in compiled(backend, self.recorded):
             values = run(*self.inputs)[-len(self.calls) :] if self.calls else []
             network = network_parity(self.expected, plain[variant], self.calls, values)
-            found.append(BackendParity(variant, own.get(variant, []), network))
+            found.append(BackendParity(variant, own.get(variant, []), network, promise=PROMISES.get(backend, "")))
         return found
 
 
 def compare_backends(
-    model: nn.Module, inputs: Any, backends: Sequence[str] = ("onnxruntime",), *, raise_errors: bool = False
+    model: nn.Module,
+    inputs: Any,
+    backends: Sequence[str] = ("onnxruntime",),
+    *,
+    raise_errors: bool = False,
+    progress: bool = False,
 ) -> list[BackendParity]:
     """Run a converted model on other backends and compare with torch.
 
@@ -130,6 +137,7 @@ def compare_backends(
         backends: names in `runners.BACKENDS`.
         raise_errors: True raises the first error of a backend. False goes on with the next one; the entry of the one
             that failed has the error, and NaN for every number.
+        progress: show a progress bar (needs tqdm).
 
     Returns:
         one BackendParity per backend and variant.
@@ -143,13 +151,16 @@ def compare_backends(
         check_backend(backend)
     comparison = Comparison(model, inputs)
     found: list[BackendParity] = []
-    for backend in backends:
-        try:
-            found += comparison.against(backend)
-        except Exception as error:
-            if raise_errors:
-                raise
-            found.append(BackendParity(backend, [], UNKNOWN, error))
+    with Progress(len(backends), progress, what="comparing backends", unit="backend") as bar:
+        for backend in backends:
+            bar.at(backend)
+            try:
+                found += comparison.against(backend)
+            except Exception as error:
+                if raise_errors:
+                    raise
+                found.append(BackendParity(backend, [], UNKNOWN, error))
+            bar.advance(1)
     errors = [parity.error for parity in found if parity.error is not None]
     if errors and len(errors) == len(found):
         raise errors[0]

@@ -24,14 +24,20 @@ def plain_fake_quantize(x: Tensor, *arguments: Any) -> Tensor:
     return grid_of(*arguments[:-1]).fake_quantize(x)
 
 
-def expand(program: ExportedProgram, quantizer: Callable[..., Tensor] = plain_fake_quantize) -> ExportedProgram:
+def expand(
+    program: ExportedProgram,
+    quantizer: Callable[..., Tensor] = plain_fake_quantize,
+    weight: Callable[[Node], Callable[..., Tensor] | None] = lambda node: None,
+) -> ExportedProgram:
     """A program without our operators, and without stack traces and local paths; the one given is not changed.
 
     Args:
         program: of `make_program`.
         quantizer: what each fake_quantize call becomes: a function of the operator's arguments.
+        weight: gives for each dequantize call what it becomes: a function of the operator's arguments, or None: a
+            float constant.
     """
-    return _Expansion(program).run(quantizer)
+    return _Expansion(program).run(quantizer, weight)
 
 
 def constant_of(program: ExportedProgram, value: Any) -> Tensor | None:
@@ -48,6 +54,13 @@ def calls(program: ExportedProgram, operator: Any) -> list[Node]:
     return [node for node in program.graph.nodes if node.op == "call_function" and node.target is operator]
 
 
+def integer_weights(program: ExportedProgram) -> dict[str, Tensor]:
+    """The codes of each quantized weight of a program, by the name of the buffer that holds them."""
+    names = program.graph_signature.inputs_to_buffers
+    codes = [node.args[0] for node in calls(program, DEQUANTIZE)]
+    return {names[str(c)]: found for c in codes if (found := constant_of(program, c)) is not None}
+
+
 class _Expansion:
     """Rewrites a copy of a program's graph, with the signature and the constants that belong to it."""
 
@@ -62,12 +75,18 @@ class _Expansion:
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
     @torch.no_grad()
-    def run(self, quantizer: Callable[..., Tensor]) -> ExportedProgram:
+    def run(
+        self, quantizer: Callable[..., Tensor], weight: Callable[[Node], Callable[..., Tensor] | None]
+    ) -> ExportedProgram:
         weights: dict[str, Node] = {}
         for node in list(self.graph.nodes):
             if node.op == "call_function" and node.target is DEQUANTIZE:
                 key = str(node.args)
-                weights[key] = self._fold(node) if key not in weights else self._reuse(node, weights[key])
+                if key in weights:
+                    self._reuse(node, weights[key])
+                else:
+                    function = weight(node)
+                    weights[key] = self._fold(node) if function is None else self._splice(node, function)
             elif node.op == "call_function" and node.target is FAKE_QUANTIZE:
                 self._splice(node, quantizer)
         self._drop_unused()
@@ -90,14 +109,14 @@ class _Expansion:
         self.specs[weight.name] = InputSpec(InputKind.BUFFER, TensorArgument(weight.name), name, True)
         return self._reuse(node, weight)
 
-    def _splice(self, node: Node, quantizer: Callable[..., Tensor]) -> None:
-        """The operations that a quantizer is made of, traced on the shapes of this call."""
+    def _splice(self, node: Node, function: Callable[..., Tensor]) -> Node:
+        """The operations that a quantizer, or a weight, is made of, traced on the shapes of this call."""
         flat, spec = tree_flatten(node.args)
         sources = [value for value in flat if isinstance(value, Node)]
 
         def computed(*tensors: Tensor) -> Tensor:
             left = iter(tensors)
-            return quantizer(*tree_unflatten([next(left) if isinstance(v, Node) else v for v in flat], spec))
+            return function(*tree_unflatten([next(left) if isinstance(v, Node) else v for v in flat], spec))
 
         values = [source.meta["val"] for source in sources]
         with values[0].fake_mode:
@@ -109,7 +128,7 @@ class _Expansion:
         for original, copied in copies.items():
             if original.op == "call_function" and "nn_module_stack" in node.meta:
                 copied.meta["nn_module_stack"] = node.meta["nn_module_stack"]
-        self._reuse(node, result)
+        return self._reuse(node, result)
 
     def _drop_unused(self) -> None:
         """Drop parameters, buffers and constants that nothing reads; and where nodes came from: paths, code."""

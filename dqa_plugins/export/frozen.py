@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.grid import Grid
-from dqa_plugins.operators import fake_quantize
+from dqa_plugins.operators import as_node, fake_quantize
 from dqa_plugins.qpp.predictor import Predictor
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.rounding import compute_dtype
@@ -30,11 +30,13 @@ class FrozenPredictor(nn.Module):
         for name in ("weight", "bias", "logarithmic", "low", "high", "rate", "centres", "bumps"):
             self.register_buffer(name, getattr(predictor, name))
         self.mode, self.groups = predictor.mode, predictor.groups
+        self.sides = predictor.low.numel() // max(1, predictor.groups)
         self.own, self.summary = predictor.own, predictor.summary  # graphs call them by these names
 
     def forward(self, features: Tensor, *summaries: Tensor) -> Tensor:
         """As `Predictor.forward`."""
-        return Predictor.forward(self, features, *summaries)  # type: ignore[arg-type]
+        found = as_node(self, (features, *summaries), (self.sides, self.groups), torch.float32)
+        return found if found is not None else Predictor.forward(self, features, *summaries)  # type: ignore[arg-type]
 
 
 class FrozenQuantizer(nn.Module):
@@ -96,6 +98,10 @@ class FrozenQuantizer(nn.Module):
                 original.listener(original.name, x)
             if original.predictor is not None:
                 prediction = original.predictor.predict(original, x, self.predictor)
+        if original.method.qparams != "static":
+            found = as_node(self, (x,) if prediction is None else (x, prediction), x.shape[1:], x.dtype)
+            if found is not None:
+                return found
         grid = self.constant_grid(x)
         if grid is None:
             grid = original.grid(x, prediction)
@@ -115,6 +121,12 @@ def unique(name: str, taken: set[str], numbered: str = "{}#{}") -> str:
         found = numbered.format(name, number)
     taken.add(found)
     return found
+
+
+def sites(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantizers of a model by the names that they have in its program."""
+    taken: set[str] = set()
+    return {unique(m.name or "quantizer", taken): m for m in model.modules() if isinstance(m, ActivationQuantizer)}
 
 
 def _buffer(kind: Kind, field: str, part: int) -> str:
@@ -151,12 +163,7 @@ def freeze_for_export(model: nn.Module, inputs: Sequence[object]) -> nn.Module:
     finally:
         for hook in hooks:
             hook.remove()
-    frozen: dict[nn.Module, FrozenQuantizer] = {}
-    taken: set[str] = set()
-    for quantizer, seen in kinds.items():
-        if isinstance(quantizer, ActivationQuantizer):
-            site = unique(quantizer.name or "quantizer", taken)
-            frozen[quantizer] = FrozenQuantizer(quantizer, seen, site)
+    frozen: dict[nn.Module, nn.Module] = {q: FrozenQuantizer(q, kinds[q], site) for site, q in sites(model).items()}
     if isinstance(model, ActivationQuantizer):
         return frozen[model]
     for path, module in list(model.named_modules(remove_duplicate=False)):

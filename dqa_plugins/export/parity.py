@@ -64,12 +64,14 @@ class BackendParity:
 
     Attributes:
         error: why the backend could not be compared; every number is NaN then, and no check on one passes.
+        promise: what the backend is held to.
     """
 
     backend: str
     quantizers: list[QuantizerParity] = field(repr=False)
     network: NetworkParity
     error: Exception | None = None
+    promise: str = ""
 
     @property
     def max_difference(self) -> float:
@@ -90,7 +92,7 @@ class BackendParity:
             f"{self.max_difference:.1e}, values a step off {self.share_off:.2%}; network: largest difference "
             f"{n.max_difference:.1e}, samples touched {n.samples_touched:.1%}, top-1 agreement "
             f"{'-' if top1 is None else f'{top1:.1%}'}, first differences are "
-            f"{'all' if n.only_ties else 'NOT all'} ties (worst {n.worst_tie:.1e} steps)"
+            f"{'all' if n.only_ties else 'NOT all'} ties (worst {n.worst_tie:.1e} steps)\n  promised: {self.promise}"
         )
 
 

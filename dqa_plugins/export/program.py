@@ -21,6 +21,7 @@ from dqa_plugins.host.weights import weight_sites
 from dqa_plugins.sites import iter_quantizers
 
 from .expand import expand
+from .file import in_one_sentence
 from .frozen import freeze_for_export
 
 
@@ -83,13 +84,16 @@ def _dynamic_shapes(inputs: tuple[Any, ...], dynamic_batch: bool) -> tuple[Any, 
     return shapes, inputs
 
 
-def make_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> ExportedProgram:
+def make_program(
+    model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True, dynamic_shapes: Any = None
+) -> ExportedProgram:
     """Export a converted model with our two operators unexpanded: what formats with integers of their own start from.
 
     Args:
         model: converted by any room, or a single frozen ActivationQuantizer.
         example_inputs: a tensor or a tuple of them; the first dimension of the first one is the batch.
         dynamic_batch: every tensor with the batch of the first one gets a dynamic first dimension.
+        dynamic_shapes: which sizes are open, as torch.export takes them; dynamic_batch does not count then.
 
     Returns:
         a program whose outputs equal the model's. Quantizers are dqa_plugins::fake_quantize nodes, quantized weights
@@ -101,20 +105,17 @@ def make_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool =
         ExportFailed: torch.export failed.
     """
     inputs = as_inputs(example_inputs)
-    shapes, inputs = _dynamic_shapes(inputs, dynamic_batch)
+    shapes, inputs = _dynamic_shapes(inputs, dynamic_batch and dynamic_shapes is None)
     ready = exportable(model, inputs)
     parameters = inspect.signature(ready.forward).parameters.values()
     named = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
     if shapes is not None and any(p.kind is p.VAR_POSITIONAL for p in parameters):
         shapes = (*shapes[:named], shapes[named:])  # torch.export takes *args as one nested argument
     try:
-        return _traced(ready, inputs, shapes)
+        return _traced(ready, inputs, dynamic_shapes or shapes)
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ExportFailed(
-            f"torch.export failed: {type(error).__name__}: {reason[0] if reason else ''}. If the batch size is fixed "
-            "inside the model, give dynamic_batch=False."
-        ) from error
+        way_out = "" if shapes is None else " If the batch size is fixed inside the model, give dynamic_batch=False."
+        raise ExportFailed(f"torch.export failed: {in_one_sentence(error)}.{way_out}") from error
 
 
 def _traced(ready: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
@@ -130,13 +131,15 @@ def _traced(ready: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
             return torch.export.export(ready, inputs, dynamic_shapes=open_range)
 
 
-def to_exported_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> ExportedProgram:
+def to_exported_program(
+    model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True, dynamic_shapes: Any = None
+) -> ExportedProgram:
     """Export a converted model, or a single frozen ActivationQuantizer, with torch.export.
 
     Args:
         model: converted by any adapter.
         example_inputs: a tensor or a tuple of them; the first dimension of the first one is the batch.
-        dynamic_batch: every tensor with the batch of the first one gets a dynamic first dimension.
+        dynamic_batch, dynamic_shapes: see `make_program`.
 
     Returns:
         torch.export.ExportedProgram; outputs equal the model's. Plain aten operations, weights as float constants that
@@ -145,4 +148,4 @@ def to_exported_program(model: nn.Module, example_inputs: Any, *, dynamic_batch:
     Raises:
         UncalibratedQuantizer, ExportFailed.
     """
-    return expand(make_program(model, example_inputs, dynamic_batch=dynamic_batch))
+    return expand(make_program(model, example_inputs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes))

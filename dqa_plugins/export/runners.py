@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from dqa_plugins.errors import UnsupportedCombination, missing
 
+from .executorch import executorch_method, write_pte
 from .expand import expand
 from .onnx import write_onnx
 from .openvino import F32, read_onnx, require_openvino
@@ -31,16 +33,17 @@ class Target:
 
     Args:
         module: what `to_onnx` takes.
-        inputs: example inputs.
+        inputs: the tensors that it will run on. No size is left open: with predicted qparams that takes minutes.
+        more: a Target whose module gives the outputs of this one first, and others: its ONNX file serves both.
     """
 
-    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.module, self.inputs = module, inputs
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], more: Target | None = None) -> None:
+        self.module, self.inputs, self.more = module, inputs, more
 
     @cached_property
     def unexpanded(self) -> ExportedProgram:
-        """The program of `make_program`, batch size open."""
-        return make_program(self.module, self.inputs)
+        """The program of `make_program`."""
+        return make_program(self.module, self.inputs, dynamic_batch=False)
 
     @cached_property
     def program(self) -> ExportedProgram:
@@ -51,15 +54,20 @@ class Target:
     def onnx(self) -> Path:
         """The ONNX file, as `to_onnx` writes it; it lives as long as the target."""
         self._folder = tempfile.TemporaryDirectory()
-        return write_onnx(self.program, Path(self._folder.name) / "model.onnx")
+        file = Path(self._folder.name) / "model.onnx"
+        if self.more is None:
+            return write_onnx(self.program, file)
+        import onnx
+
+        model = onnx.load(self.more.onnx)
+        del model.graph.output[len(flat_outputs(self.module(*self.inputs))) :]
+        onnx.save(model, file)
+        return file
 
 
 def flat_outputs(outputs: Any) -> list[Tensor]:
-    """The tensors of a model's output: a tensor, or sequences and dicts of them."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    parts = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor for part in parts for tensor in flat_outputs(part)]
+    """The tensors of a model's output: a tensor, or sequences and dicts of them and of other things."""
+    return [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
 
 
 def onnxruntime_session(path: str | Path, *, optimize: bool = True, threads: int = 0) -> Runner:
@@ -124,11 +132,29 @@ def _torch_compile(target: Target) -> Iterator[tuple[str, Runner]]:
     yield "torch.compile (inductor)", run
 
 
+def _executorch(target: Target) -> Iterator[tuple[str, Runner]]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_pte(target.program, Path(folder) / "model.pte", "xnnpack")
+        yield "executorch, xnnpack", executorch_method(file)
+
+
 BACKENDS: dict[str, Callable[[Target], Iterator[tuple[str, Runner]]]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "torch.export": _torch_export,
     "torch.compile": _torch_compile,
+    "executorch": _executorch,
+}
+
+
+# what compare_backends holds a backend to: one tensor through each quantizer, and the whole network
+PROMISES = {
+    "onnxruntime": "every value on torch's step; a network differs at rounding ties only",
+    "openvino": "with F32 (no bfloat16, no dynamic quantization) torch's step but at rounding ties; a network "
+    "differs at ties only",
+    "torch.export": "torch's numbers, bit for bit",
+    "torch.compile": "every value on torch's step; a network differs at rounding ties only",
+    "executorch": "every value on torch's step; a network differs at rounding ties only",
 }
 
 

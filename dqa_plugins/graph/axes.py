@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .operations import Operation, Value, facts
+from .operations import Operation, Value
 
 DEFAULT = 1
 NOTHING_TELLS = "nothing that makes or reads it tells its channels: axis 1 is taken"
@@ -37,15 +37,6 @@ class Axis:
     axis: int
     reason: str
     told: bool = True
-
-
-def default_channel_axis(producer: str) -> int:
-    """The channel axis of a tensor made by `producer`, the class or function name of the operation.
-
-    Returns:
-        -1 behind Linear, LayerNorm, Embedding or matmul, else 1.
-    """
-    return -1 if facts(producer).channels in ("last", "product") else 1
 
 
 def channel_axes(operations: Sequence[Operation], constants: Iterable[Value] = ()) -> dict[Value, Axis]:

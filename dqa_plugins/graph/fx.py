@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .operations import Operation, Value, facts
 _NUMBERS = frozenset("size dim ndimension numel nelement stride element_size __len__ len get_device".split())
 _ATTRIBUTES = frozenset("shape ndim dtype device is_cuda itemsize".split())
 _PLAIN = frozenset(("_operator", "operator", "builtins", "math"))  # functions of Python, which make no tensors
-_IN_PLACE = frozenset("iadd isub imul itruediv ifloordiv ipow iand ior ixor imod setitem".split())
+_IN_PLACE = frozenset("iadd isub imul itruediv ifloordiv ipow imatmul iand ior ixor imod setitem".split())
 
 
 @dataclass(frozen=True)
@@ -107,22 +108,40 @@ def name_sites(graph: Graph, model: nn.Module) -> dict[Node, str]:
     return sites
 
 
-def writes_in_place(node: Node, model: nn.Module) -> bool:
-    """Whether a node changes its first input."""
+def written(node: Node, model: nn.Module) -> Node | None:
+    """The value that an operation changes in place; None if it changes none."""
+    target: Any = None
+    name = operation_name(node, model)
+    if isinstance(node.target, torch._ops.OpOverload):
+        for i, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                target = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+    elif "out" in node.kwargs:
+        target = node.kwargs["out"]
+    elif name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or _flag_in_place(node, model):
+        target = node.args[0] if node.args else next(iter(node.all_input_nodes), None)
+    return target if isinstance(target, Node) else None
+
+
+def _flag_in_place(node: Node, model: nn.Module) -> bool:
+    """Whether an operation is told to work in place."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    if node.op not in ("call_function", "call_method"):
+    if node.op != "call_function":
         return False
-    name = operation_name(node, model)
-    return bool(node.kwargs.get("inplace")) or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # built in
+        given = node.kwargs
+    return given.get("inplace") is True
 
 
 def follow_in_place(model: GraphModule) -> None:
-    """Let what reads a tensor after an in-place operation changed it read that operation's result: it is the same."""
+    """Let what reads a value after an in-place operation changed it read that operation's result: it is the same."""
     order = {node: i for i, node in enumerate(model.graph.nodes)}
     for node in model.graph.nodes:
-        if node.all_input_nodes and node.target is not operator.setitem and writes_in_place(node, model):
-            changed = node.all_input_nodes[0]
+        changed = written(node, model)
+        if changed is not None and node.target is not operator.setitem:  # which gives None
             for user in list(changed.users):
                 if order[user] > order[node]:
                     user.replace_input_with(changed, node)
@@ -172,7 +191,8 @@ def describe(
         inputs = tuple(value(source) for source in sources(node))
         arguments = [a for a in node.args if not isinstance(a, Node)]
         keywords = {k: a for k, a in node.kwargs.items() if not isinstance(a, Node)}
-        writes = inputs[:1] if inputs and writes_in_place(node, model) else ()
+        changed = written(node, model)
+        writes = () if changed is None else (value(changed),)
         outputs = () if node.op == "output" else tuple(value(n) for n in made)
         op = _op(node, model)
         operations.append(

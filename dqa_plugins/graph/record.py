@@ -36,11 +36,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         for module, name, buffer, before in buffers:
-            if buffer.shape == before.shape:
-                buffer.detach().copy_(before)
-                module._buffers[name] = buffer
-            else:
+            if buffer.shape != before.shape:
                 module._buffers[name] = before
+                continue
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, before):  # an expanded buffer could not be written
+                buffer.detach().copy_(before)
 
 
 class _Recorder(Interpreter):

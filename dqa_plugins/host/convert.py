@@ -34,6 +34,25 @@ def link_reader(quantizer: ActivationQuantizer, model: GraphModule, node: Node) 
         quantizer.consumer_geometry = geometry(layer, model)
 
 
+def run_switched(quantizer: ActivationQuantizer, x: Tensor, *, observing: bool, quantizing: bool) -> Tensor:
+    """A quantizer under a host's switches for observers and for fake quantization.
+
+    Args:
+        quantizer: in the state "observe" or "qat".
+        x: (B, ...).
+        observing: the observer's switch, and in "qat" training mode too.
+        quantizing: the switch of fake quantization; calibration does none.
+    """
+    if quantizer.state == "observe":
+        return quantizer(x) if observing else x
+    quantizer.training = observing
+    if quantizing:
+        return quantizer(x)
+    if observing:
+        quantizer(x)
+    return x
+
+
 def convert_site(quantizer: ActivationQuantizer, model: GraphModule, node: Node) -> None:
     """Freeze a quantizer and call it where its observer was called.
 

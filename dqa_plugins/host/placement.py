@@ -50,6 +50,7 @@ from dqa_plugins.quantizer import ActivationQuantizer
 
 from .patterns import Pattern, find_patterns
 from .sites import PLACEMENT, Group, Placement, Site, SiteSummary, Summary
+from .skip import within
 
 __all__ = ["PLACEMENT", "Group", "Pattern", "Placement", "Site", "SiteSummary", "Summary", "judge"]
 
@@ -57,9 +58,10 @@ NO_METHOD = "no method is set for it"
 WRITTEN = "written in place later: quantizing it before would lose the write"
 SCALAR = "0-d"
 UNREAD = "a function whose result no quantized operation reads"
-OPAQUE = "what it computes inside stays float"
+OPAQUE = "its result may be quantized; all that it computes inside, its own layers too, stays float"
 OUTPUT = "an output of the model"
 OVERRIDDEN = "left out by name"
+MOVES = "it makes no values of its own that could be quantized"
 
 
 def judge(
@@ -94,18 +96,22 @@ def judge(
         axis = judgement.axes[site.value]
         site.channel_axis, site.axis_reason, site.axis_told = axis.axis, axis.reason, axis.told
     require_unique([site.name for site in sites])
+    unmatched = [name for name in overrides if not _names_something(name, operations)]
+    floats = judgement.floats()
+    wanted = [name for name, m in overrides.items() if m is not None and name not in ("", "input", *unmatched)]
     return Placement(
         sites,
         [p for p in judgement.patterns if judgement.quantizes(p, moves=True)],
-        judgement.floats(),
-        [name for name in overrides if not _names_something(name, operations)],
+        floats,
+        unmatched,
+        [(name, dict(floats).get(name, MOVES)) for name in wanted if not judgement.quantizes_any(name)],
     )
 
 
 def _names_something(name: str, operations: Sequence[Operation]) -> bool:
     if name in ("", "input"):
         return True
-    return any(op.site == name or op.path == name or op.path.startswith(name + ".") for op in operations)
+    return any(op.site == name or within(op.path, (name,)) for op in operations)
 
 
 class _Judgement:
@@ -145,6 +151,11 @@ class _Judgement:
         kinds = root.kind in QUANTIZED or (moves and root.kind == "moves")
         return kinds and activation and self.method_of(root) is not None
 
+    def quantizes_any(self, name: str) -> bool:
+        """Whether the method of a site or module that was named quantizes something."""
+        patterns = [p for p in self.patterns if within(p.root.path, (name,)) and self.quantizes(p)]
+        return bool(patterns) or any(site.name == name for site in self.sites.values())
+
     # ------------------------------------------------------------ the rules
 
     def observe(self, pattern: Pattern) -> None:
@@ -172,7 +183,7 @@ class _Judgement:
         """Quantize a value for one reader, unless it is; of a value that was only moved, what it was before."""
         chain = [(value, reader)]
         while (mover := value.producer) is not None and mover.kind == "moves" and mover.inputs:
-            if self.reached(value, chain[-1][1]) or self.method_of(mover) is None:
+            if self.reached(value, chain[-1][1]):
                 break
             value = mover.inputs[0]
             chain.append((value, mover))

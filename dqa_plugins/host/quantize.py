@@ -3,70 +3,63 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedInput
+from dqa_plugins.batches import Call, ItemReader, Pick
+from dqa_plugins.errors import UnsupportedInput
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.methods import Method, check_method
+from dqa_plugins.sites import iter_quantizers
 
 from .skip import within
 
-Inputs = Callable[[Any], Any] | None
 
-
-def as_call(item: Any, inputs: Inputs = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A calibration item as (positional, keyword) arguments of a model.
-
-    Args:
-        item: a tensor is the one input, a tuple or list the positional inputs, a mapping the keyword inputs.
-        inputs: a function item -> inputs in one of these forms.
+def require_float(model: nn.Module, caller: str) -> None:
+    """Refuse a model whose activations are quantized already: each would be quantized twice.
 
     Raises:
-        UnsupportedInput: the item is something else.
+        UnsupportedInput: a quantizer is frozen.
     """
-    found = item if inputs is None else inputs(item)
-    if isinstance(found, Tensor):
-        return (found,), {}
-    if isinstance(found, Mapping):
-        return (), dict(found)
-    if isinstance(found, tuple | list):
-        return tuple(found), {}
-    raise UnsupportedInput(
-        f"a calibration item is a tensor, a tuple or list of positional inputs, or a dict of keyword inputs; got "
-        f"{type(found).__name__}. Give inputs=, a function from an item to one of these."
-    )
+    placed = [name for name, quantizer in iter_quantizers(model) if quantizer.state == "frozen"]
+    if placed:
+        raise UnsupportedInput(
+            f"{caller} takes a float model; this one is quantized already ({placed[0]!r}, ...). Quantize "
+            "the float model again, with all methods at once, by layer or site."
+        )
 
 
-def example_of(calibration: Iterable[Any], inputs: Inputs, example_inputs: Any) -> tuple[Iterable[Any], Any]:
-    """(all items, example inputs): the user's, else the first item, which stays among the items.
+def calibration_calls(
+    model: nn.Module, calibration: Iterable[Any], inputs: Pick, example_inputs: Any
+) -> tuple[Iterator[Call], Call]:
+    """(all items as calls of the model, example inputs): the user's example, else the first item, which is calibrated
+    on too.
+
+    Args:
+        model: whose parameters decide what an item is (see `batches`).
+        example_inputs: a tensor, a tuple or a dict of keyword inputs; None: the first item.
 
     Raises:
         UncalibratedQuantizer: there is no item.
-        UnsupportedInput: see `as_call`.
+        UnsupportedInput: an item does not fit the model, or `calibration` is a single batch.
     """
-    iterator = iter(calibration)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise UncalibratedQuantizer("quantize_model got no calibration data: the iterable is empty.") from None
-    if example_inputs is None:
-        positional, keywords = as_call(first, inputs)
-        example_inputs = keywords or positional
-    elif isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    return itertools.chain((first,), iterator), example_inputs
+    reader = ItemReader(model, "quantize_model", inputs=inputs)
+    calls = reader.items(calibration)
+    first = next(calls)
+    if example_inputs is not None:
+        given = ItemReader(model, "quantize_model", inputs=lambda item: item).read(example_inputs)
+        return itertools.chain((first,), calls), given
+    return itertools.chain((first,), calls), first
 
 
-def run_calibration(model: nn.Module, items: Iterable[Any], inputs: Inputs = None) -> None:
+def run_calibration(model: nn.Module, calls: Iterable[Call]) -> None:
     """Run a prepared model on every item, without gradients."""
     with torch.no_grad():
-        for item in items:
-            positional, keywords = as_call(item, inputs)
-            model(*positional, **keywords)
+        for call in calls:
+            call(model)
 
 
 def split_methods(

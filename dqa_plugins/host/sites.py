@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from torch import nn
+
+from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import Operation, Value
 from dqa_plugins.methods import Method
+from dqa_plugins.quantizer import ActivationQuantizer
 
 from .patterns import Pattern
 
-PLACEMENT = "dqa_placement"  # key in GraphModule.meta where a room keeps a prepared model's Summary
+PLACEMENT = "dqa_placement"  # where a room keeps a Summary: key in GraphModule.meta, attribute of modules
+UNKNOWN_NAME = "no module or site of that name"
 
 
 @dataclass(eq=False)
@@ -61,12 +68,14 @@ class Placement:
             have a method are among them.
         floats: (name, reason) of what stays float.
         unmatched: settings that name nothing in the network.
+        idle: (setting, reason) of those that name something and change nothing.
     """
 
     sites: list[Site] = field(default_factory=list)
     patterns: list[Pattern] = field(default_factory=list)
     floats: list[tuple[str, str]] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    idle: list[tuple[str, str]] = field(default_factory=list)
 
     def summary(self) -> Summary:
         """The same without the graph."""
@@ -81,6 +90,7 @@ class Placement:
                     site.method,
                     site.channel_axis,
                     site.axis_reason,
+                    site.axis_told,
                     "" if site.value.producer is None else site.value.producer.op or site.value.producer.how,
                     tuple(r.site or r.how for r in (site.value.readers if site.readers is None else site.readers)),
                     shared[site.group],
@@ -88,7 +98,7 @@ class Placement:
                 for site in self.sites
             ),
             tuple(self.floats),
-            tuple(self.unmatched),
+            (*((name, UNKNOWN_NAME) for name in self.unmatched), *self.idle),
         )
 
 
@@ -100,6 +110,7 @@ class SiteSummary:
     method: Method
     channel_axis: int
     axis_reason: str
+    axis_told: bool
     producer: str
     readers: tuple[str, ...]
     quantizer: str
@@ -107,8 +118,50 @@ class SiteSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A placement in names: sites, (name, reason) of what stays float, settings that name nothing."""
+    """A placement in names: sites, (name, reason) of what stays float, (setting, reason) of what has no effect."""
 
-    sites: tuple[SiteSummary, ...]
-    floats: tuple[tuple[str, str], ...]
-    unmatched: tuple[str, ...]
+    sites: tuple[SiteSummary, ...] = ()
+    floats: tuple[tuple[str, str], ...] = ()
+    unmatched: tuple[tuple[str, str], ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Summary:
+        """Itself: every quantizer of a model holds it, and it never changes."""
+        return self
+
+    def inside(self, path: str) -> Summary:
+        """The same with the names of a model whose module `path` this was placed in."""
+
+        def name(inner: str) -> str:
+            return f"{path}.{inner}"
+
+        sites = (
+            replace(s, name=name(s.name), readers=tuple(map(name, s.readers)), quantizer=name(s.quantizer))
+            for s in self.sites
+        )
+        floats, unmatched = (tuple((name(a), b) for a, b in pairs) for pairs in (self.floats, self.unmatched))
+        return Summary(tuple(sites), floats, unmatched)
+
+
+def keep_summary(summary: Summary, model: nn.Module, quantizers: Iterable[ActivationQuantizer]) -> None:
+    """Let a model and its quantizers know their placement; hosts drop one or the other when they convert.
+
+    Raises:
+        DuplicateSites: two quantizers have one name.
+    """
+    quantizers = list(dict.fromkeys(quantizers))
+    require_unique(quantizer.name for quantizer in quantizers)
+    meta = getattr(model, "meta", None)
+    if isinstance(meta, dict):
+        meta[PLACEMENT] = summary
+    for module in (model, *quantizers):
+        setattr(module, PLACEMENT, summary)
+
+
+def summaries(model: nn.Module) -> Iterator[Summary]:
+    """What is known of the placements in a model, each once."""
+    found: dict[int, Summary] = {}
+    for module in model.modules():
+        for summary in (getattr(module, "meta", {}).get(PLACEMENT), module.__dict__.get(PLACEMENT)):
+            if isinstance(summary, Summary):
+                found[id(summary)] = summary
+    yield from found.values()

@@ -69,6 +69,8 @@ def connect(quantizers: Sequence[ActivationQuantizer], inputs: int = 1) -> Forwa
         reachable = [s for s in wanted if s in before or (s.startswith(INPUT + ".") and s not in names)]
         # the last one before; model inputs that are no quantized site come first
         site = max(reachable, key=lambda s: before.index(s) if s in before else -1) if reachable else ""
+        if site.startswith(INPUT + ".") and quantizer.name.startswith(INPUT + "."):
+            site = quantizer.name  # one input says nothing of another
         extended = source.mode == "extended"
         predictor.connect(site, tuple(q.name for q in before_it[-HISTORY:]) if extended else ())
         if extended:

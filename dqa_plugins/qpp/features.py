@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dqa_plugins.kernels import eager
 from dqa_plugins.method import Extent, Method
+from dqa_plugins.operators import as_node
 from dqa_plugins.ranges import extents, grouped, lay_out, quantiles, selected
 from dqa_plugins.rounding import cast, compute_dtype
 
@@ -61,6 +62,11 @@ def site_features(x: Tensor, mode: str) -> Tensor:
     Returns:
         (B, 5) or (B, 20) float64.
     """
+    found = as_node(SiteFeatures(mode), (x,), (site_size(mode),), torch.float64)
+    return _site_features(x, mode) if found is None else found
+
+
+def _site_features(x: Tensor, mode: str) -> Tensor:
     values = cast(x, compute_dtype(x.dtype))
     if mode == "paper":
         return torch.stack(_summary(values.flatten(1), magnitude=False), 1)
@@ -178,7 +184,10 @@ class OwnStatistic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) to (B, S, G), extents."""
-        return torch.stack(extents(x, self.method, self.signed, self.axis), 1).float()
+        groups = x.shape[self.axis] if self.method.granularity == "channel" else 1
+        sides = len(self.method.statistic(self.signed))
+        found = as_node(self, (x,), (sides, groups), torch.float32)
+        return found if found is not None else torch.stack(extents(x, self.method, self.signed, self.axis), 1).float()
 
 
 class Summary(nn.Module):
@@ -202,6 +211,10 @@ class Summary(nn.Module):
         Returns:
             (B, 2 + 2 * min(C, 64)) float64.
         """
+        channels = 2 * min(x.shape[self.axis], MOST_CHANNELS)
+        found = as_node(self, (x, prediction), (SUMMARY_FEATURES + channels,), torch.float64)
+        if found is not None:
+            return found
         if eager.usable(x):
             sides = prediction.to(torch.float32).unbind(1)
             return self._by_kernel(x, -sides[0], sides[-1])

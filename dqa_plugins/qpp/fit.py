@@ -47,16 +47,20 @@ def fit(model: nn.Module) -> None:
     ]
     last = {earlier: name for name, _, predictor in wanted for earlier in predictor.history}  # who reads it last
     for name, quantizer, predictor in wanted:
+        earlier = {name: summaries.get(name) for name in predictor.history}
+        same = [name for name, rows in earlier.items() if rows and torch.equal(rows[0], predictor.record.samples)]
+        predictor.history = tuple(same)  # summaries of other rows than its own say nothing of a sample
         reason = _fit_one(quantizer, predictor, summaries)
         # a site's own quantizer takes its statistic from the tensor at hand, whatever a fit would say
         predictor.reason = "" if predictor.reads_itself(quantizer.name) else reason
-        for earlier in [*predictor.history, quantizer.name]:
-            if last.get(earlier, name) == name:  # memory does not grow with the depth of the network
-                summaries.pop(earlier, None)
+        for before in [*earlier, quantizer.name]:
+            if last.get(before, name) == name:  # memory does not grow with the depth of the network
+                summaries.pop(before, None)
         if predictor.reason:
             fallen.setdefault(predictor.reason, []).append(name or "unnamed quantizer")
-    for reason, names in fallen.items():
-        warnings.warn(DQAWarning(f"QPP: static parameters at {', '.join(map(repr, names))}: {reason}."), stacklevel=3)
+    if fallen:
+        said = [f"at {', '.join(map(repr, names))}: {reason}" for reason, names in fallen.items()]
+        warnings.warn(DQAWarning(f"QPP: static parameters {'; '.join(said)}."), stacklevel=3)
 
 
 def targets_of(quantizer: ActivationQuantizer) -> Tensor:
@@ -67,6 +71,10 @@ def targets_of(quantizer: ActivationQuantizer) -> Tensor:
 
 def _fit_one(quantizer: ActivationQuantizer, predictor: Predictor, summaries: dict[str, tuple[Tensor, Tensor]]) -> str:
     record, mode = predictor.record, predictor.mode
+    if predictor.other_rows or record.count == 0:
+        site = predictor.site
+        predictor.keep_static(quantizer)
+        return f"the first dimension is not that of site '{site}', so samples cannot be told apart"
     predictor.own.signed = quantizer.signed
     wanted = targets_of(quantizer)
     groups = wanted.shape[2]
@@ -116,15 +124,12 @@ def _design(predictor: Predictor, summaries: dict[str, tuple[Tensor, Tensor]]) -
     used = list(range(size))
     few = int(record.samples.unique().numel()) < SMALL and predictor.mode == "extended"
     for position, name in enumerate(predictor.history):
-        samples, values = summaries[name]
+        values = summaries[name][1]
         if position < len(predictor.history) - 1:
             values = values[:, :SUMMARY_FEATURES]
         start = sum(part.shape[1] for part in parts)
-        if torch.equal(samples, record.samples):
-            parts.append(values.to(record.features.device))
-            used += range(start, start + values.shape[1])
-        else:  # it did not run for the same samples
-            parts.append(record.features.new_zeros(record.count, values.shape[1]))
+        parts.append(values.to(record.features.device))
+        used += range(start, start + values.shape[1])
     return torch.cat(parts, 1), list(_MEAN_AND_MAX) if few else used
 
 

@@ -81,6 +81,7 @@ class Predictor(StateModule):
         self.reason = ""
         self.history: tuple[str, ...] = ()
         self.groups = 0
+        self.other_rows = False  # calibration saw a tensor with another first dimension than its site's
         for name in ("weight", "bias", "low", "high", "static"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
         for name in ("rate", "centres", "bumps"):
@@ -154,7 +155,9 @@ class Predictor(StateModule):
         self.summary.axis = self.own.axis = site.channel_axis
         session = current() or Session(self.record.forwards + 1, self.record.next_sample)
         features = self._features(site, x, session)
-        if len(features) == len(x):  # else rows of another batch: nothing to learn from
+        if len(features) != len(x):  # rows of another batch: nothing to learn from
+            self.other_rows = True
+        else:
             samples = torch.arange(session.first_sample, session.first_sample + len(x), device=x.device)
             source, axis = site.method.prediction, site.channel_axis
             twins = self.mode == "extended" and source.augment is not False
@@ -173,12 +176,16 @@ class Predictor(StateModule):
                 DQAWarning(f"QPP: static parameters at {site.label}: frozen before dqa_plugins.qpp.fit(model)."),
                 stacklevel=4,
             )
-            self.connect("", ())
-            self.groups, self.own.signed = site.calibration.maximum.shape[1], site.signed
-            self.static = static = self.static_statistic(site)
-            weight = static.new_zeros(site_size(self.mode), len(static))
-            self.finish(weight, static, torch.zeros_like(static, dtype=torch.bool), (static, static), None)
+            self.keep_static(site)
         self.record.reset()
+
+    def keep_static(self, site: Site) -> None:
+        """Read nothing, and give the static statistic."""
+        self.connect("", ())
+        self.groups, self.own.signed = site.calibration.maximum.shape[1], site.signed
+        self.static = static = self.static_statistic(site)
+        weight = static.new_zeros(site_size(self.mode), len(static))
+        self.finish(weight, static, torch.zeros_like(static, dtype=torch.bool), (static, static), None)
 
     def static_statistic(self, site: Site) -> Tensor:
         """(S * G,) float64, the statistic that static parameters are made of, for the resolved sign."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins.batches import run_batches
+from dqa_plugins.batches import Pick, run_batches
 from dqa_plugins.errors import MissingDependency, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.metrics import failure_rate, prediction_error
 from dqa_plugins.quantizer import ActivationQuantizer
@@ -152,16 +152,17 @@ class QPPReport:
 
 
 @torch.no_grad()
-def qpp_report(model: nn.Module, batches: Iterable[Any]) -> QPPReport:
+def qpp_report(model: nn.Module, batches: Iterable[Any], *, inputs: Pick = None) -> QPPReport:
     """Run a converted model and compare predicted qparams with static and dynamic ones.
 
     Args:
         model: converted by any adapter, with QPP quantizers.
-        batches: of inputs, a tensor, a tuple or a dict of them each; held-out samples.
+        batches: held-out samples, what a DataLoader yields, see `batches`.
+        inputs: a function batch -> inputs, where that is not clear.
 
     Raises:
         UncalibratedQuantizer: a quantizer is not frozen, or there are no batches.
-        UnsupportedInput: a single batch was given.
+        UnsupportedInput: a single batch was given, or one that does not fit the model.
         UnsupportedCombination: no quantizer of the model is predicted.
     """
     layers: dict[nn.Module, LayerReport] = {}
@@ -184,7 +185,7 @@ def qpp_report(model: nn.Module, batches: Iterable[Any]) -> QPPReport:
 
     hooks = [quantizer.register_forward_hook(note) for quantizer in layers]
     try:
-        run_batches(model, batches, "qpp_report")
+        run_batches(model, batches, "qpp_report", inputs)
     finally:
         for hook in hooks:
             hook.remove()

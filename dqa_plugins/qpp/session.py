@@ -245,6 +245,7 @@ def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if kwargs:
         try:
             bound = inspect.signature(model.forward).bind(*args, **kwargs)
+            bound.apply_defaults()  # inputs are counted by the parameters of forward
             return bound.args, bound.kwargs
         except (TypeError, ValueError):  # forward itself will say what is wrong
             pass

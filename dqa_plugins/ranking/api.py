@@ -9,13 +9,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..batches import ItemReader, Pick
+from ..digest import digest
+from ..methods import method_to_dict
 from ..processes import Processes
+from ..progress import Progress
 from ..quantizer import ActivationQuantizer
 from .checkpoint import Checkpoint
 from .errors import MetricError, RankingError
 from .greedy import greedy
-from .identity import identity
-from .progress import Progress
 from .scoring import Batches, Metric, Scorer, batch_size
 from .search_model import SearchModel, check_rankable
 from .strategies import kept_errors, measured_errors, random_scores, taylor_scores
@@ -27,7 +29,7 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 def rank_channels(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]] | None = None,
+    batches: Iterable[Any] | None = None,
     strategy: Strategy = "greedy",
     metric: Metric | None = None,
     progress: bool = True,
@@ -36,6 +38,8 @@ def rank_channels(
     checkpoint: str | os.PathLike[str] | None = None,
     *,
     memory: int = 2**30,
+    inputs: Pick = None,
+    targets: Pick = None,
 ) -> RankTable:
     """Rank the channels of every DQA quantizer, and give the best their extra bits.
 
@@ -47,8 +51,8 @@ def rank_channels(
 
     Args:
         model: prepared by any adapter (or with ActivationQuantizers placed by hand) and calibrated.
-        batches: (inputs, targets), read once and kept; inputs is a tensor, a tuple of positional inputs, or a dict of
-            keyword inputs. Not needed by "random", nor by "error" unless quantizers are frozen.
+        batches: (inputs, targets) as a DataLoader yields them (see `batches`), read once and kept. Not needed by
+            "random", nor by "error" unless quantizers are frozen.
         strategy: "greedy", algorithm 3 of the DQA paper; "taylor", squared first-order change of the loss, one
             backward pass per batch; "error", quantization error on the calibration values, what an unranked model
             uses; "random". Greedy gives the order and scores of one full forward pass per channel, whichever way it
@@ -62,6 +66,7 @@ def rank_channels(
         checkpoint: file that greedy writes after every layer and resumes from. A finished one gives its table at once.
             Of several ranks the first reads and writes it.
         memory: bytes for cached activations and stacked passes (greedy on graphs).
+        inputs, targets: functions of a batch, for batches that are no such pairs.
 
     Returns:
         the table, already applied with each method's own ratio.
@@ -69,7 +74,8 @@ def rank_channels(
     Raises:
         UnsupportedCombination: no quantizer has important channels; or a quantizer is in the qat state.
         UncalibratedQuantizer: a quantizer saw no data.
-        RankingError: an argument cannot be used. MetricError: the metric is not one finite score per sample.
+        RankingError: an argument cannot be used. UnsupportedInput: a batch cannot.
+        MetricError: the metric is not one finite score per sample.
         CheckpointMismatch: the checkpoint belongs to another model, other data or other settings.
         RanksDiffer: ranks were given different models, data or settings. RankLost: a rank died, raised, or did not call
             within the group's timeout.
@@ -84,19 +90,20 @@ def rank_channels(
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)  # the CPU's only: fork_rng gives it back
         settings = {"strategy": strategy, "metric": metric, "strict": strict, "seed": seed}
-        rankable, listed, belongs = _agreed(model, batches, settings, memory, ranks, checkpoint is not None)
+        reader = ItemReader(model, "rank_channels", "needed", inputs, targets)
+        rankable, listed, belongs = _agreed(model, reader, batches, settings, memory, ranks, checkpoint is not None)
         scorer = Scorer(metric)
         total = sum(q.num_channels or 0 for q in rankable.values())
         progress = progress and ranks.rank == 0
         if strategy == "greedy":
             store = Checkpoint(checkpoint, belongs, ranks)
             done = sum(layer.channels for layer in store.done.values())
-            with Progress(total, progress, done) as bar:
+            with Progress(total, progress, done, what="ranking channels", unit="channel") as bar:
                 if done < total:
                     greedy(SearchModel(model), listed, scorer, store, bar, ranks, strict=strict, memory=memory)
             layers = [store.done[name] for name in rankable]
         else:
-            with Progress(total, progress) as bar:
+            with Progress(total, progress, what="ranking channels", unit="channel") as bar:
                 layers = _without_search(model, rankable, listed, strategy, metric, seed, bar, ranks)
     table = RankTable(tuple(layers), strategy, scorer.name if strategy == "greedy" else "", seed, strict)
     table.apply(model)
@@ -104,7 +111,13 @@ def rank_channels(
 
 
 def _agreed(
-    model: nn.Module, batches: Any, settings: dict[str, Any], memory: int, ranks: Processes, resumed: bool
+    model: nn.Module,
+    reader: ItemReader,
+    batches: Any,
+    settings: dict[str, Any],
+    memory: int,
+    ranks: Processes,
+    resumed: bool,
 ) -> tuple[dict[str, ActivationQuantizer], Batches, dict[str, Any]]:
     """The quantizers to rank, the batches, and what a checkpoint of this ranking belongs to; the same on all ranks."""
     rankable: dict[str, ActivationQuantizer] = {}
@@ -116,9 +129,11 @@ def _agreed(
         strategy = settings["strategy"]
         frozen = any(q.state == "frozen" for q in rankable.values())
         needed = strategy in ("greedy", "taylor") or (strategy == "error" and frozen)
-        listed.extend(_list(batches, strategy, needed=needed))
+        listed.extend(_list(reader, batches, strategy) if needed else [])
         if resumed or ranks.size > 1:
-            belongs.update(identity(model, rankable, listed, settings))
+            layers = [[name, q.num_channels, method_to_dict(q.method)] for name, q in rankable.items()]
+            digests = {"metric": digest(settings["metric"]), "model": digest(model), "batches": digest(listed)}
+            belongs.update({**settings, "layers": layers, **digests})
         return {**belongs, "memory": memory, "checkpoint": resumed}
 
     hint = "Give every rank the same batches and settings, and a model whose calibration is merged (synchronize)."
@@ -157,23 +172,13 @@ def _without_search(
     return layers
 
 
-def _list(batches: Any, strategy: str, needed: bool) -> Batches:
-    if not needed:
-        return []
+def _list(reader: ItemReader, batches: Any, strategy: str) -> Batches:
     found: Batches = []
-    if isinstance(batches, Iterable) and not isinstance(batches, Tensor):
-        for number, batch in enumerate(batches):
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise RankingError(
-                    f"batch {number} is a {type(batch).__name__}; batches are pairs (inputs, targets). For a single "
-                    "batch give [(inputs, targets)]."
-                )
-            inputs, targets = _normal(batch[0]), _normal(batch[1])
-            named = inputs if isinstance(inputs, dict) else {}
-            parts = inputs if isinstance(inputs, tuple | list) else (inputs, *named.values())
-            if 0 in (batch_size(*parts), batch_size(targets)):
-                raise RankingError(f"batch {number} holds no samples; leave empty batches out.")
-            found.append((inputs, targets))
+    for number, call in enumerate(() if batches is None else reader.items(batches)):
+        inputs, targets = _normal(call.inputs), _normal(call.targets)
+        if 0 in (batch_size(*(inputs.values() if isinstance(inputs, dict) else inputs)), batch_size(targets)):
+            raise RankingError(f"batch {number} holds no samples; leave empty batches out.")
+        found.append((inputs, targets))
     if not found:
         raise RankingError(
             f"strategy={strategy!r} needs batches of (inputs, targets) here, and got none"

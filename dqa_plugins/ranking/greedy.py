@@ -15,10 +15,10 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..processes import Processes
+from ..progress import Progress
 from ..sharing import shared
 from .checkpoint import Checkpoint
 from .prefix import PrefixEvaluator
-from .progress import Progress
 from .scoring import Batches, Means, Scorer, SiteScores, forward, site_scores
 from .search_model import SearchModel
 from .table import LayerRanks
@@ -52,7 +52,7 @@ def greedy(
         if not site.rankable:
             continue
         if site.name not in checkpoint.done:
-            progress.layer(site.name)
+            progress.at(site.name)
             found = evaluator.scores(index, site.channels, progress.advance)
             losses = None if found.losses is None else tuple(found.losses)
             checkpoint.add(LayerRanks(site.name, found.order(strict), tuple(found.scores), losses))

@@ -63,7 +63,7 @@ class Replay:
         """The values of the placeholders for a batch; inputs are copied, so that in-place operations stay inside.
 
         Args:
-            inputs: a tensor, a tuple or list of positional inputs, or (if not `flattened`) a dict of keyword inputs.
+            inputs: a tuple of positional inputs, or (if not `flattened`) a dict of keyword inputs.
 
         Raises:
             TypeError: an input is missing.
@@ -73,8 +73,7 @@ class Replay:
         if isinstance(inputs, dict):
             named = inputs
         else:
-            given = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-            flat = self.model.graph.process_inputs(*given)
+            flat = self.model.graph.process_inputs(*inputs)
             named = {str(node.target): value for (_, node), value in zip(placeholders, flat, strict=False)}
         values: Values = {}
         for i, node in placeholders:

@@ -135,10 +135,8 @@ def site_scores(means: list[Means]) -> SiteScores:
 
 
 def forward(model: Any, inputs: Any) -> Any:
-    """Call a model with a tensor, a tuple or list of positional inputs, or a dict of keyword inputs."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    """Call a model with a tuple of positional inputs, or a dict of keyword inputs."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def batch_size(*values: Any) -> int | None:

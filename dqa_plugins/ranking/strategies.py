@@ -15,12 +15,12 @@ from torch import Tensor
 from ..errors import UnsupportedInput
 from ..metrics import cross_entropy, is_classification
 from ..processes import Processes
+from ..progress import Progress
 from ..quantizer import ActivationQuantizer
 from ..resolve import kept_values
 from ..search import channel_errors
 from ..sharing import by_batch, by_piece
 from .errors import MetricError, RankingError
-from .progress import Progress
 from .scoring import Batches, Metric, forward
 from .search_model import SearchModel, SearchSite
 

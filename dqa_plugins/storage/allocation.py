@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ..batches import ItemReader, Pick
 from ..errors import InvalidMethod, UncalibratedQuantizer
 from ..grid import Grid
 from ..processes import Processes
@@ -106,7 +107,14 @@ def _measured(candidates: list[_Candidate], vectors: list[np.ndarray], ranks: Pr
     return [float(bits) for bits in by_piece(len(candidates), measure, ranks, "allocate_bits: coded bits")]
 
 
-def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: float = 1.5) -> dict[str, Tensor]:
+def allocate_bits(
+    prepared: GraphModule,
+    batches: Iterable[Any],
+    target_bits: float = 1.5,
+    *,
+    inputs: Pick = None,
+    targets: Pick = None,
+) -> dict[str, Tensor]:
     """Give every channel its own extra bits, so that stored bits under joint coding meet a target. In place.
 
     Where torch.distributed is initialised, every rank calls this with the same model (calibration merged by
@@ -116,9 +124,11 @@ def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: fl
     Args:
         prepared: from `prepare_stored` with a DQA method, calibrated. m lies in [1 - bits, bits], so that `bits` sets
             how fine and how coarse channels can become.
-        batches: (inputs, targets) of a classification, one backward pass each; or inputs alone (tensors): then how
-            much the outputs move decides; or none, then the relative quantization error does.
+        batches: as a DataLoader yields them, see `batches`: (inputs, targets) of a classification, one backward pass
+            each; or inputs alone: then how much the outputs move decides; or none, then the relative quantization error
+            does.
         target_bits: average stored bits per activation over all stored values, without tables.
+        inputs, targets: functions of a batch, where what it holds is not clear.
 
     Returns:
         {site name: (C,) int64 extra bits}, as they were set.
@@ -126,6 +136,7 @@ def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: fl
     Raises:
         UnsupportedCombination: no DQA sites, or they are frozen. UncalibratedQuantizer: no data seen.
         InvalidMethod: the target cannot be met within [1 - bits, bits].
+        UnsupportedInput: a batch does not fit the model.
         NonFiniteInput: a batch makes NaN or Inf, in values or gradients.
         RanksDiffer: ranks were given different models or data. RankLost: a rank died, raised, or did not call within
             the group's timeout.
@@ -134,7 +145,9 @@ def allocate_bits(prepared: GraphModule, batches: Iterable[Any], target_bits: fl
     if not isinstance(target_bits, int | float) or not 0.25 <= target_bits <= 16:
         raise InvalidMethod(f"target_bits={target_bits!r}: a number of bits per activation from 0.25 to 16.")
     sites = stored_sites(prepared)
-    sensitivity = sensitivities(prepared, sites, list(batches), ranks)
+    reader = ItemReader(prepared, "allocate_bits", "optional", inputs, targets)
+    listed = list(batches)
+    sensitivity = sensitivities(prepared, sites, list(reader.items(listed)) if listed else [], ranks)
     candidates = [_Candidate(site, sensitivity[site]) for site in sites]
     found = by_piece(len(candidates), lambda k: candidates[k].entropies(), ranks, "allocate_bits: entropies")
     for candidate, entropy in zip(candidates, found, strict=True):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ..batches import Call
+from ..digest import digest
 from ..errors import NonFiniteInput, UnsupportedCombination
 from ..metrics import cross_entropy
 from ..processes import Processes
-from ..ranking.identity import digest
 from ..sharing import shared, shared_tensors
 from .model.sites import StoredSite
 
@@ -36,7 +37,7 @@ def stored_sites(model: nn.Module) -> list[StoredSite]:
 
 
 def sensitivities(
-    prepared: GraphModule, sites: list[StoredSite], batches: list[Any], ranks: Processes
+    prepared: GraphModule, sites: list[StoredSite], batches: list[Call], ranks: Processes
 ) -> dict[StoredSite, Tensor]:
     """(C,) mean squared gradient over samples and positions, of each site.
 
@@ -46,7 +47,7 @@ def sensitivities(
     Args:
         prepared: not changed, statistics of an adapter's observers included.
         sites: of the model.
-        batches: (inputs, targets), or inputs.
+        batches: with targets or without.
         ranks: do one batch each at a time.
 
     Raises:
@@ -54,7 +55,8 @@ def sensitivities(
     """
     if ranks.size > 1:
         hint = "Give every rank the same batches, and a model whose calibration is merged (synchronize)."
-        ranks.agree(lambda: {"model": digest(prepared), "batches": digest(batches)}, "allocate_bits", hint)
+        given = [(call.inputs, call.targets) for call in batches]
+        ranks.agree(lambda: {"model": digest(prepared), "batches": digest(given)}, "allocate_bits", hint)
     if not batches:
         return {site: _power(site) for site in sites}
     gradients = _Gradients(prepared, len(sites))
@@ -95,12 +97,11 @@ class _Gradients:
         self._outputs: Any = None
         self._targets: Any = None
 
-    def run(self, batches: list[Any]) -> list[int] | None:
+    def run(self, batches: list[Call]) -> list[int] | None:
         """Run the batch, if there is one, forward; the shape of what is to be drawn for it, None if nothing."""
         if not batches:
             return None
-        batch = batches[0]
-        inputs, self._targets = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
+        self._targets = batches[0].targets
         self._values = values = []
 
         def record(number: int, out: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class _Gradients:
         ]
         try:
             with torch.enable_grad():
-                self._outputs = self.twin(*inputs) if isinstance(inputs, tuple) else self.twin(inputs)
+                self._outputs = batches[0](self.twin)
         finally:
             for handle in handles:
                 handle.remove()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, Method, iter_quantizers
-from dqa_plugins.errors import DQAError, DQAWarning, UncalibratedQuantizer
+from dqa_plugins.errors import DQAError, DQAWarning, UncalibratedQuantizer, UnsupportedInput
 from tests.adapters.networks import NETWORKS, Branches, batches, build
 from tests.graph import nets
 
@@ -169,6 +169,27 @@ def test_what_a_mapping_does_not_name_stays_float(room: str) -> None:
     assert list(sites(model)) == ["relu.0"]
 
 
+class Flat(nn.Module):
+    """A flatten between what makes and what reads a tensor. (B, 3, 8, 8) -> (B, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.flatten, self.fc = nn.Conv2d(3, 4, 3), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.flatten(self.pool(self.conv(x))))
+
+
+@rooms
+def test_every_site_by_its_own_name(room: str) -> None:
+    """Also behind a flatten, which nobody names: it hands on what is quantized already."""
+    run, data = quantize_model(room), [torch.rand(4, 3, 8, 8)]
+    names = list(sites(run(Flat().eval(), METHOD, data)))
+    mixed = {name: DQA(bits=4) if k % 2 else Direct(bits=6) for k, name in enumerate(names)}
+    found = sites(run(Flat().eval(), mixed, data))
+    assert {name: site.method for name, site in found.items()} == mixed
+
+
 @rooms
 def test_float_weights(room: str) -> None:
     model = quantize_model(room)(build("branches"), {"relu.0": Direct(bits=8)}, batches("branches"), weight_bits=None)
@@ -201,10 +222,17 @@ def test_items_of_every_form(room: str) -> None:
         found = sites(run(build("branches"), METHOD, iter(form)))
         assert {n: s.scale.item() for n, s in found.items()} == {n: s.scale.item() for n, s in plain.items()}
     labelled = [(x, torch.zeros(4)) for x in data]
-    found = sites(run(build("branches"), METHOD, labelled, inputs=lambda item: item[0]))
-    assert {n: s.scale.item() for n, s in found.items()} == {n: s.scale.item() for n, s in plain.items()}
-    with pytest.raises(UncalibratedQuantizer, match="no calibration data"):
+    for settled in ({}, {"inputs": lambda item: item[0]}):
+        found = sites(run(build("branches"), METHOD, labelled, **settled))
+        assert {n: s.scale.item() for n, s in found.items()} == {n: s.scale.item() for n, s in plain.items()}
+    with pytest.raises(UncalibratedQuantizer, match="no batches"):
         run(build("branches"), METHOD, [])
+
+
+@rooms
+def test_a_quantized_model_is_not_quantized_again(room: str) -> None:
+    with pytest.raises(UnsupportedInput, match=r"quantized already \('input\.0'.*float model again"):
+        quantize_model(room)(quantized(room, "branches"), METHOD, batches("branches"))
 
 
 @rooms

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dqa_plugins import DQA, ActivationQuantizer, Direct, iter_quantizers
-from dqa_plugins.graph.axes import default_channel_axis
 from dqa_plugins.graph.names import SiteNames
 from tests.compare import calibrated
+from tests.graph.nets import axis_behind
 
 
 class OutOfOrder(nn.Module):
@@ -69,12 +69,12 @@ def test_a_model_without_quantizers_and_a_bare_quantizer():
     "producer", ["Linear", "LayerNorm", "Embedding", "linear", "layer_norm", "embedding", "matmul"]
 )
 def test_channels_are_last_behind_linear_layers(producer):
-    assert default_channel_axis(producer) == -1
+    assert axis_behind(producer) == -1
 
 
 @pytest.mark.parametrize("producer", ["Conv2d", "ReLU", "add", "BatchNorm2d", "cat", ""])
 def test_channels_are_axis_one_elsewhere(producer):
-    assert default_channel_axis(producer) == 1
+    assert axis_behind(producer) == 1
 
 
 def test_operations_are_numbered_within_their_module():

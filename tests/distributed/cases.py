@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,24 @@ def prepared_fx(method: Any) -> nn.Module:
     return prepare_fx(network(), mapping, (torch.zeros(1, 3, 9, 9),))
 
 
+def brevitas_layers() -> nn.Module:
+    """Brevitas' layers for the ReLUs, one of them with predicted parameters."""
+    from dqa_plugins.adapters.brevitas import substitute_layers
+
+    methods = {"1": DQA(bits=3), "3": Direct(bits=4, clip="mse", reduce="mean", qparams=QPP())}
+    return substitute_layers(network(), dict(methods))
+
+
+def calibrating(name: str, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The host's own mode in which a case collects its records."""
+    if name != "brevitas":
+        return contextlib.nullcontext()
+    from brevitas.graph.calibrate import calibration_mode
+
+    mode: contextlib.AbstractContextManager[Any] = calibration_mode(model)
+    return mode
+
+
 def freeze(model: nn.Module) -> nn.Module:
     for _, quantizer in iter_quantizers(model):
         quantizer.freeze()
@@ -100,6 +119,7 @@ CASES: dict[str, Case] = {
         convert_fx,
         torch.float32,
     ),
+    "brevitas": (brevitas_layers, nn.Module.eval, torch.float32),  # leaving the mode freezes
     "stored": (prepared_stored_model, lambda model: convert_stored(model, coding="joint"), torch.float32),
 }
 
@@ -113,14 +133,14 @@ def run(name: str, parts: list[Tensor], *, several: bool) -> tuple[dict[str, Ten
     """
     build, finish, _ = CASES[name]
     model = build()
-    if several:
-        sample_offset(model, sum(map(len, parts)))
-    with torch.no_grad():
+    with torch.no_grad(), calibrating(name, model):
+        if several:
+            sample_offset(model, sum(map(len, parts)))
         for x in parts:
             model(x)
-    if several:
-        synchronize(model)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+        if several:
+            synchronize(model)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
     return before, finish(model).state_dict()
 
 

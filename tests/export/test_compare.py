@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dqa_plugins import ActivationQuantizer, Direct, Method
 from dqa_plugins.errors import ExportFailed, MissingDependency, UnsupportedCombination, missing
 from dqa_plugins.export import compare_backends, runners
+from dqa_plugins.export.compare import Comparison
 from dqa_plugins.export.parity import largest
 
 
@@ -139,3 +140,51 @@ def test_largest_keeps_nan() -> None:
     assert largest([1.0, 3.0]) == 3
     for values in ([math.nan, 1.0], [1.0, math.nan]):
         assert math.isnan(largest(values))
+
+
+class Several(nn.Module):
+    """Outputs in a dict and in a list, and one that is None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = two()[0]
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.model(x)
+        return {"first": y, "others": [y.sum(1), None]}
+
+
+@pytest.mark.parametrize("backend", ["torch.export", "onnxruntime"])
+def test_several_outputs_are_compared(backend: str, backends: dict[str, Any]) -> None:
+    for found in compare_backends(Several(), two()[1], (backend,)):
+        assert found.network.max_difference <= 1e-5
+        assert found.network.only_ties
+    backends["wrong"] = answering(lambda tensors: [t + (0.5 if i == 1 else 0) for i, t in enumerate(tensors)])
+    (wrong,) = compare_backends(Several(), two()[1], ("wrong",))
+    assert wrong.network.max_difference == pytest.approx(0.5)
+
+
+def test_each_backend_says_what_is_promised() -> None:
+    model, x = two()
+    assert runners.PROMISES.keys() == runners.BACKENDS.keys()
+    (found,) = compare_backends(model, x, ("torch.export",))
+    assert str(found).splitlines()[1] == "  promised: torch's numbers, bit for bit"
+
+
+def test_progress_counts_backends(capsys: pytest.CaptureFixture[str], backends: dict[str, Any]) -> None:
+    model, x = two()
+    backends["broken"] = broken
+    compare_backends(model, x, ("torch.export", "broken"), progress=True)
+    assert "2/2" in capsys.readouterr().err
+    compare_backends(model, x, ("torch.export",))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_file_of_the_network_is_that_of_the_record_without_its_other_outputs() -> None:
+    import onnx
+
+    model, x = two()
+    comparison = Comparison(model, x)
+    plain, recorded = onnx.load(comparison.plain.onnx).graph, onnx.load(comparison.recorded.onnx).graph
+    assert list(plain.node) == list(recorded.node)
+    assert (len(plain.output), len(recorded.output)) == (1, 3)

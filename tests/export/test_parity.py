@@ -193,11 +193,15 @@ def test_the_compact_form_writes_four_bit_codes_where_they_fit(tmp_path: Path) -
     ],
     ids=str,
 )
-def test_what_has_no_compact_form_says_why(method: Any, reason: str, tmp_path: Path) -> None:
+def test_what_has_no_compact_form_is_arithmetic_and_says_why(method: Any, reason: str, tmp_path: Path) -> None:
     quantizer, x = frozen(method)
-    with pytest.raises(UnsupportedCombination, match=f"'site'.*{reason}.*form='float'"):
-        to_onnx(quantizer, x, tmp_path / "q.onnx", form="qdq")
-    assert not list(tmp_path.iterdir())
+    if not getattr(method, "symmetric", True):
+        quantizer.lower.fill_(1.0)  # the range excludes zero
+    path = to_onnx(quantizer, x, tmp_path / "q.onnx", form="qdq")
+    assert path.sites["site"].startswith("float: ")
+    assert reason in path.sites["site"]
+    assert "QuantizeLinear" not in {n.op_type for n in onnx.load(path).graph.node}
+    assert float((onnxruntime_session(path)(x)[0] - quantizer(x)).abs().max()) <= 1e-5
 
 
 @pytest.mark.slow
@@ -219,8 +223,26 @@ def test_openvino_saves_float32_and_loads_with_the_same_numbers(tmp_path: Path) 
     from dqa_plugins.export.openvino import F32, to_openvino
 
     quantizer, x = frozen(DQA(bits=3))
-    to_openvino(quantizer, x, tmp_path / "q.xml")
+    found = to_openvino(quantizer, x, tmp_path / "q.xml")
+    assert found.get_rt_info("dqa_plugins").astype(str) == "onnx"
     compiled = ov.compile_model(str(tmp_path / "q.xml"), "CPU", F32)
     assert torch.equal(torch.from_numpy(compiled([x.numpy()])[0]), quantizer(x))
     with pytest.raises(ExportFailed, match=r"\.xml"):
         to_openvino(quantizer, x, tmp_path / "q.bin")
+
+
+def test_openvino_reads_the_program_where_the_way_through_onnx_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dqa_plugins.export import openvino as exporter
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(exporter, "read_onnx", fail)
+    quantizer, x = frozen(DQA(bits=3))
+    found = exporter.to_openvino(quantizer, x)
+    assert found.get_rt_info("dqa_plugins").astype(str) == "torch.export"
+    assert found.inputs[0].partial_shape.to_string() == "[?,6,5,5]"
+    compiled = exporter.require_openvino().compile_model(found, "CPU", exporter.F32)
+    assert float((torch.from_numpy(compiled([x.numpy()])[0]) - quantizer(x)).abs().max()) <= 1e-5
+    with pytest.raises(RuntimeError, match="no"):
+        exporter.to_openvino(quantizer, x, form="qdq")

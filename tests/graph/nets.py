@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Tracer
 from torch.nn import functional as F
 
+from dqa_plugins.graph.axes import channel_axes
 from dqa_plugins.graph.fx import describe, follow_in_place
-from dqa_plugins.graph.operations import Operation
+from dqa_plugins.graph.operations import Operation, Value
 from dqa_plugins.graph.record import record_shapes
 
 
@@ -138,3 +139,9 @@ def described(model: nn.Module, x: tuple[Tensor, ...] | None) -> list[Operation]
 def network(name: str) -> list[Operation]:
     """A network of this file as operations."""
     return described(build(name), inputs(name))
+
+
+def axis_behind(producer: str) -> int:
+    """The channel axis of what a module or function of this name makes, where nothing else tells."""
+    value = Value("made")
+    return channel_axes([Operation(producer, "module", outputs=(value,))])[value].axis

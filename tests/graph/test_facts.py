@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from dqa_plugins.errors import DuplicateSites
 from dqa_plugins.graph.aliases import written_later
-from dqa_plugins.graph.axes import channel_axes, default_channel_axis
+from dqa_plugins.graph.axes import channel_axes
 from dqa_plugins.graph.constants import CONSTANT, INTEGER, MASK, masked_logits, no_activations, norm_internals
 from dqa_plugins.graph.names import SiteNames, require_unique
 from dqa_plugins.graph.operations import OPERATIONS, Operation, Value, canonical, facts
 from dqa_plugins.graph.readers import geometry, next_linear, weight_rows
 
-from .nets import described, network
+from .nets import axis_behind, described, network
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_axes_follow_transposes_views_and_reductions() -> None:
 
 @pytest.mark.parametrize("producer", ["Linear", "layer_norm", "Embedding", "matmul", "LSTM"])
 def test_the_default_axis_behind_layers(producer: str) -> None:
-    assert default_channel_axis(producer) == -1
-    assert default_channel_axis("Conv2d") == 1
+    assert axis_behind(producer) == -1
+    assert axis_behind("Conv2d") == 1
 
 
 def test_parameters_positions_and_masks_are_no_activations() -> None:

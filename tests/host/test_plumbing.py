@@ -13,11 +13,11 @@ from torch.ao.quantization import HistogramObserver, MovingAverageMinMaxObserver
 from torch.fx import symbolic_trace
 
 from dqa_plugins import DQA
-from dqa_plugins.errors import DQAWarning, FrameworkMismatch, InvalidMethod, UnsupportedInput
+from dqa_plugins.errors import DQAWarning, FrameworkMismatch, InvalidMethod
 from dqa_plugins.graph.record import record_shapes, untouched
 from dqa_plugins.host import hooks
 from dqa_plugins.host.hooks import Hook, Host
-from dqa_plugins.host.quantize import as_call, example_of, split_methods
+from dqa_plugins.host.quantize import calibration_calls, split_methods
 from dqa_plugins.host.skip import check_skip, resolve_skip, within
 
 HOST = Host("framework", "1.4.2", tested="1.4.0", room="Some", otherwise="use another")
@@ -75,6 +75,8 @@ def test_an_unknown_minor_version_gives_one_sentence(version: str) -> None:
 def test_skip_by_position_and_name() -> None:
     layers, paths = ["stem", "blocks.0.conv", "head"], ["", "stem", "blocks.0.conv", "blocks.0.relu", "head"]
     assert resolve_skip(("first", "last", "blocks.0"), layers, paths) == ["stem", "head", "blocks.0"]
+    assert resolve_skip(("ends",), ["a", "b", "c", "d"], paths) == ["a", "d"]
+    assert resolve_skip(("ends",), ["a", "b", "c"], paths) == [], "too little would be left"
     assert resolve_skip(("first",), [], paths) == []
     assert within("blocks.0.conv", ["blocks.0"])
     assert not within("blocks.01", ["blocks.0"])
@@ -133,15 +135,15 @@ def test_shapes_are_recorded_and_inputs_not_written() -> None:
         assert "size" not in seen
 
 
-def test_items_of_calibration_data() -> None:
-    x = torch.ones(2)
-    assert as_call(x) == ((x,), {})
-    assert as_call([x, x]) == ((x, x), {})
-    assert as_call({"a": x}) == ((), {"a": x})
-    assert as_call(("label", x), lambda item: item[1]) == ((x,), {})
-    with pytest.raises(UnsupportedInput, match="str"):
-        as_call("x")
-    items, example = example_of(iter([x, x]), None, None)
-    assert len(list(items)) == 2, "the first item is calibrated on too"
-    assert example == (x,)
+def test_calibration_data() -> None:
+    x = torch.ones(2, 3)
+    model = nn.Linear(3, 1)
+    calls, example = calibration_calls(model, iter([x, (x, "label")]), None, None)
+    assert [call.inputs for call in calls] == [(x,), (x,)], "the first item is calibrated on too"
+    assert example.inputs == (x,)
+    for given, expected in ((x, (x,)), ((x,), (x,)), ({"input": x}, {"input": x})):
+        assert calibration_calls(model, [x], None, given)[1].inputs == expected
+
+
+def test_methods_by_site() -> None:
     assert split_methods({"": DQA(), "a": None}) == (DQA(), {"a": None})

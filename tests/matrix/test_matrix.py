@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -169,6 +170,20 @@ def _backend(adapter: str, source: str, backend: str) -> list[Any]:
 def test_the_backend_has_the_same_numbers(adapter: str, source: str, method: str, backend: str) -> None:
     if source == "predicted" and backend == "torch.compile" and adapter != "fx":
         pytest.skip("inductor compiles the program that torch.export ran; half a minute each: seen with FX")
+    _agrees(adapter, source, method, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="executorch is not installed")
+@cells[0]
+@cells[1]
+@pytest.mark.parametrize("adapter", [pytest.param("fx", marks=pytest.mark.xdist_group("matrix-fx"))])
+def test_executorch_has_the_same_numbers(adapter: str, source: str, method: str) -> None:
+    """With FX only: it lowers the program that torch.export ran, and takes half a minute for each."""
+    _agrees(adapter, source, method, "executorch")
+
+
+def _agrees(adapter: str, source: str, method: str, backend: str) -> None:
     for found in _backend(adapter, source, backend):
         (site,) = [q for q in found.quantizers if q.site == SITES[method]]
         assert site.max_difference <= 1e-5, str(found)

@@ -394,23 +394,29 @@ add(
 )
 add(
     "report: outliers cost nothing",
-    "report.py",
+    "report/activations.py",
     "kept_share(grid, x) * (32 + ",
     "0 * kept_share(grid, x) * (32 + ",
     REPORT,
 )
 add(
     "report: per-sample qparams cost nothing",
-    "report.py",
+    "report/activations.py",
     "        bits += 32 * values / x.numel()",
     "        pass",
     REPORT,
 )
 add(
     "report: mean over sites, not values",
-    "report.py",
+    "report/activations.py",
     "sum(s.bits * s.elements for s in self.sites) / sum(s.elements for s in self.sites)",
     "sum(s.bits for s in self.sites) / len(self.sites)",
     REPORT,
 )
-add("report: signal and noise swapped", "report.py", "math.log10(signal / noise)", "math.log10(noise / signal)", REPORT)
+add(
+    "report: signal and noise swapped",
+    "report/activations.py",
+    "math.log10(self.signal / self.noise)",
+    "math.log10(self.noise / self.signal)",
+    REPORT,
+)

@@ -38,6 +38,10 @@ add(
 add("noise is not added in integers", "qdq.py", "y = x if grid.bias is None else x + grid.bias", "y = x")
 add("codes of fewer bits do not clip", "qdq.py", "        if not self.saturates:", "        if False:")
 add("int4 whatever the width", "qdq.py", "and grid.width() <= 4 else 8", "else 8")
+add("float weights are quantized by the backend", "qdq.py", " or _beside_float_weights(program, node)", "")
+add("weights are dequantized in every run", "qdq.py", "if node.name in self.beside_integers else plain_dequantize", "")
+add("any file beside it is replaced", "file.py", "and part.name.encode() not in known", "and False")
+add("signed codes are not moved", "qdq.py", "full[0] - code_range(self.width, low < 0)[0]", "0")
 add("outliers become integers", "qdq.py", "    if grid.keep is not None:\n", "    if False:\n")
 add(
     "NaN of a backend is no difference",
@@ -54,3 +58,10 @@ add(
     "(first.argmax(1) == first.argmax(1))",
 )
 add("touched samples are not counted", "parity.py", "        touched |= reached\n", "")
+add(
+    "OpenVINO multiplies by the reciprocal",
+    "openvino.py",
+    '            node.get_rt_info()["nonconvertable_divide_0"] = ""',
+    "            pass",
+    "export/test_ties.py",
+)

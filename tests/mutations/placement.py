@@ -129,9 +129,9 @@ add(
 add(
     "the first calibration item is lost",
     "quantize.py",
-    "itertools.chain((first,), iterator)",
-    "iterator",
-    "adapters/test_networks.py",
+    "return itertools.chain((first,), calls), first",
+    "return calls, first",
+    "host/test_plumbing.py",
 )
 
 add = FX.add
@@ -141,7 +141,7 @@ add("every reader gets a quantizer of its own", "place.py", "if site.group not i
 add("all read quantized values", "place.py", "users = [user for user in users if user in reading]", "pass")
 add("QAT does not train", "place.py", 'if qat and observer.quantizer.state == "observe":', "if False:")
 add("order of execution is lost", "place.py", "        quantizer.index = index\n", "        pass\n")
-add("settings that match nothing are silent", "place.py", "    if placement.unmatched:", "    if False:")
+add("settings that match nothing are silent", "place.py", "        warn_idle(summary)\n", "        pass\n")
 add(
     "plain convert_fx goes its own way",
     "hooks.py",
@@ -169,10 +169,10 @@ add("integers are floating", "place.py", "_sizes(tensor), tensor.is_floating_poi
 add(
     "torchao's observer switch is ignored",
     "observer.py",
-    "observing = self.observer_enabled[0] == 1",
-    "observing = True",
+    "bool(self.observer_enabled[0] == 1) and ",
+    "",
 )
-add("torchao's fake-quant switch is ignored", "observer.py", "if self.fake_quant_enabled[0] == 1:", "if True:")
+add("torchao's fake-quant switch is ignored", "observer.py", "bool(self.fake_quant_enabled[0] == 1)", "True")
 add(
     "channel axis 1 everywhere",
     "observer.py",
@@ -180,3 +180,17 @@ add(
     "index=index, producer_axis=1)",
 )
 add("QAT keeps a weight's range of the past", "observer.py", "        self.reset_min_max_vals()\n", "")
+FX.add(
+    "weights of half types come out in float32",
+    "hooks.py",
+    "return found if found.is_quantized else found.to(weight.dtype)",
+    "return found",
+    "adapters/test_dtypes.py",
+)
+PT2E.add(
+    "batch norms are folded in training mode",
+    "hooks.py",
+    "        if trained:\n",
+    "        if False:\n",
+    "adapters/pt2e/test_convert.py",
+)

@@ -224,7 +224,7 @@ import sys
 sys.path.insert(0, {root!r})
 from tests.matrix import rooms
 from dqa_plugins import DQA
-from dqa_plugins.ranking.identity import digest
+from dqa_plugins.digest import digest
 model = rooms.ROOMS[{room!r}](dict.fromkeys(rooms.SITES.values(), DQA(bits=2)))
 print(digest([model, lambda z, t: z.size(1) in {{2, "a", "b", "c"}}]))
 """
@@ -263,7 +263,7 @@ def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
         return original(name, *rest, **settings)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with caplog.at_level("INFO", "dqa_plugins.ranking"):
+    with caplog.at_level("INFO", "dqa_plugins"):
         rank_channels(build(), labelled())
     assert "tqdm is not installed" in caplog.text
     assert "q2" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -97,6 +98,7 @@ def test_predicted_parameters_are_counted() -> None:
     assert {site.site: site.bits for site in report.sites} == {k: pytest.approx(4 + 32 / v) for k, v in values.items()}
 
 
+@pytest.mark.filterwarnings("ignore::dqa_plugins.errors.DQAWarning")  # values beyond the code range
 def test_a_model_is_the_mean_over_its_values_not_its_sites() -> None:
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(4, 12, generator=generator)
@@ -111,11 +113,16 @@ def test_a_model_is_the_mean_over_its_values_not_its_sites() -> None:
     assert "first" in str(report).splitlines()[1]
 
 
+@pytest.mark.filterwarnings("ignore::dqa_plugins.errors.DQAWarning")  # values beyond the code range
 def test_batches_add_up() -> None:
     """Two batches are one batch of both; samples of an empty batch do not count."""
     both = activation_report(quantizer(Direct(bits=2), X), [torch.cat([X, 2 * X])])
     apart = activation_report(quantizer(Direct(bits=2), X), [X, X[:0], (2 * X,)])
-    assert apart.as_dict() == both.as_dict()
+    (one,), (other,) = both.sites, apart.sites
+    assert dataclasses.replace(one, histogram=None) == dataclasses.replace(other, histogram=None)
+    assert one.histogram is not None
+    assert other.histogram is not None
+    assert sum(one.histogram.counts) == sum(other.histogram.counts) == 8, "its ends are those of the first batch"
 
 
 def test_density_is_over_all_values_of_all_batches() -> None:

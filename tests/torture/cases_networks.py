@@ -1,4 +1,4 @@
-"""Small networks that nobody would write, through FX and PT2E.
+"""Small networks that nobody would write, through every room.
 
 With codes of 16 bits and float weights a converted network computes what the float one computes: an in-place write
 that is lost, an alias, two layers with one name or a wrong edge shows at once.
@@ -202,14 +202,22 @@ def flat(outputs: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in flat(item)]
 
 
-def near(found: Any, expected: Any, what: str) -> None:
-    """Equal to about three digits of the largest value: 16-bit codes, through nine operations."""
+def near(found: Any, expected: Any, what: str, within: float = 0.01) -> None:
+    """Equal to a share of the largest value, about three digits: 16-bit codes, through nine operations."""
     left, right = flat(found), flat(expected)
     assert len(left) == len(right), f"{what}: {len(left)} outputs against {len(right)}"
     for one, two in zip(left, right, strict=True):
         assert one.shape == two.shape, f"{what}: shape {tuple(one.shape)} against {tuple(two.shape)}"
         worst = float((one - two).abs().max()) / (float(two.abs().max()) + 1e-3)
-        assert worst < 0.01, f"{what}: {worst:.1%} off"
+        assert worst < within, f"{what}: {worst:.1%} off"
+
+
+def nncf_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """What NNCF sees of a network. (Its own quantizers compile C++ at first use, which takes minutes.)"""
+    from nncf.torch.function_hook import wrap_model
+    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
+
+    return GraphModelWrapper(wrap_model(model), inputs).get_graph()
 
 
 def stock_takes(program: Program) -> bool:
@@ -222,6 +230,10 @@ def stock_takes(program: Program) -> bool:
             prepared = prepare_fx(build(program), get_default_qconfig_mapping(), batch(program))
             prepared(*batch(program))
             convert_fx(prepared)(*batch(program))
+        elif program.room == "brevitas":
+            torch.fx.symbolic_trace(build(program))(*batch(program))
+        elif program.room == "nncf":
+            nncf_graph(build(program), batch(program))
         else:
             torch.export.export(build(program), batch(program)).module()(*batch(program))
         return True
@@ -231,6 +243,8 @@ def stock_takes(program: Program) -> bool:
 
 @case_class("networks", programs(("fx",)), names=(), share=4)
 @case_class("networks in PT2E", programs(("pt2e",)), names=(), needs=("torchao",), slow=True)
+@case_class("networks in Brevitas", programs(("brevitas",)), names=(), needs=("brevitas",), slow=True)
+@case_class("networks in NNCF", programs(("nncf",)), names=(), needs=("nncf",), slow=True)
 def networks(case: Program) -> None:
     """Converted with 16-bit codes a network computes what the float one does, and its sites have names of their own."""
     float_model = build(case)
@@ -252,21 +266,27 @@ def networks(case: Program) -> None:
     assert len(set(names)) == len(names), f"two sites of one name: {names}"
 
 
-@case_class("rooms against rooms", programs(("fx",)), names=(), needs=("torchao",), slow=True)
+@case_class(
+    "rooms against rooms",
+    programs(("pt2e", "brevitas", "nncf")),
+    names=(),
+    needs=("torchao", "brevitas", "nncf"),
+    slow=True,
+)
 def rooms(case: Program) -> None:
-    """FX and PT2E put the same sites, with the same axes and signs, into one network, and the same scales."""
+    """Another room puts the same sites as FX, with the same axes and signs, into one network, and the same scales."""
     found = {}
     with torch.no_grad():
-        for room in ("fx", "pt2e"):
+        for room in ("fx", case.room):
             program = case._replace(room=room)
             if not stock_takes(program):
                 reject()
             module = importlib.import_module(f"dqa_plugins.adapters.{room}")
             model = module.quantize_model(build(program), FINE, [batch(program)], weight_bits=None)
             found[room] = dict(iter_quantizers(model))
-    fx, pt2e = found["fx"], found["pt2e"]
-    assert list(fx) == list(pt2e), f"FX has {list(fx)}, PT2E {list(pt2e)}"
+    fx, other = found["fx"], found[case.room]
+    assert list(fx) == list(other), f"FX has {list(fx)}, {case.room} {list(other)}"
     for name, one in fx.items():
-        other = pt2e[name]
-        assert one.signed == other.signed, f"{name}: signed {one.signed} against {other.signed}"
-        torch.testing.assert_close(one.scale, other.scale, rtol=1e-2, atol=1e-6, msg=f"{name}: scales")
+        two = other[name]
+        assert (one.signed, one.channel_axis) == (two.signed, two.channel_axis), f"{name}: another sign or channel axis"
+        torch.testing.assert_close(one.scale, two.scale, rtol=1e-2, atol=1e-6, msg=f"{name}: scales")

@@ -1,4 +1,4 @@
-"""Runs classes round-robin for as long as it is told, and counts."""
+"""Runs classes for as long as it is told, each for its share of the time, and counts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .registry import CaseClass, Defect
 
 SLICE = 1.0  # seconds that a class runs before the next one has its turn
 MOST = 1000  # cases of one slice
+FLOOR = 200  # cases before which a class goes before those that have them
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Count:
     Attributes:
         right: distinct cases with the right result.
         refused: distinct cases with a typed error.
-        seconds: spent. pace: seconds of a case in its last turn.
+        seconds: spent. turns: had. pace: seconds of a case in the last one.
+        exhausted: the last turn drew no case that was not known.
         defect: the first one found, with its smallest case; "" if none was.
         reproducer: a line of Python that shows it again.
     """
@@ -33,7 +35,9 @@ class Count:
     right: int = 0
     refused: int = 0
     seconds: float = 0.0
+    turns: int = 0
     pace: float = 0.0
+    exhausted: bool = False
     defect: str = ""
     reproducer: str = ""
     seen: set[int] = field(default_factory=set, repr=False)
@@ -91,7 +95,11 @@ def run_class(found: CaseClass, count: Count, examples: int, number: int) -> Non
 
 
 def run_classes(classes: Iterable[CaseClass], seconds: float, number: int, *, every: bool = True) -> dict[str, Count]:
-    """Run classes in turns until the time is over; a class with a defect gets no more turns.
+    """Run classes until the time is over; a class with a defect gets no more turns.
+
+    The next turn is that of the class which has had the least time for its share, among those with fewer than FLOOR
+    cases as long as there are any: a class whose cases take seconds gets as many of them as the time allows, and the
+    cheap ones do not crowd it out.
 
     Args:
         seconds: in all.
@@ -100,19 +108,23 @@ def run_classes(classes: Iterable[CaseClass], seconds: float, number: int, *, ev
     """
     classes = list(classes)
     counts = {found.name: Count() for found in classes}
-    end, turn = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or (every and turn == 0):
-        for found in classes:
-            count = counts[found.name]
-            if count.defect or (time.perf_counter() >= end and (turn or not every)):
-                continue
-            budget = min(SLICE, max(seconds / len(classes) / 2, 0.05)) * found.share
-            # the first turn imports and compiles what a class needs: its pace says nothing
-            examples = 1 if turn < 2 else max(1, min(MOST, int(budget / max(count.pace, 1e-4))))
-            before = count.seconds
-            run_class(found, count, examples, number * 1_000_003 + turn)
-            count.pace = (count.seconds - before) / examples
-        turn += 1
-        if all(count.defect for count in counts.values()):
+    end = time.perf_counter() + seconds
+    while waiting := [found for found in classes if not counts[found.name].defect]:
+        found = min(waiting, key=lambda found: _turn_of(found, counts[found.name]))
+        count = counts[found.name]
+        if time.perf_counter() >= end and (count.turns or not every):
             break
+        budget = min(SLICE, max(seconds / len(classes) / 2, 0.05)) * found.share
+        # the first turn imports and compiles what a class needs: its pace says nothing
+        examples = 1 if count.turns < 2 else max(1, min(MOST, int(budget / max(count.pace, 1e-4))))
+        seconds_before, cases_before = count.seconds, count.cases
+        run_class(found, count, examples, number * 1_000_003 + count.turns)
+        count.pace = (count.seconds - seconds_before) / examples
+        count.exhausted = count.turns > 2 and count.cases == cases_before
+        count.turns += 1
     return counts
+
+
+def _turn_of(found: CaseClass, count: Count) -> tuple[bool, bool, float]:
+    """The class of the smallest one is next: those that never ran, those with few cases, those with little time."""
+    return count.turns > 0, count.cases >= FLOOR or count.exhausted, count.seconds / found.share

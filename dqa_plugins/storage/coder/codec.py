@@ -66,7 +66,7 @@ def encode(book: Codebook, layout: Layout, x: Tensor, grid: Grid | None, paramet
         FloatingPointError: NaN or Inf.
     """
     if book.kind == "grid" and runs_kernels(x) and x.dtype != torch.float64:
-        return Streams(*engine.encode(_plan(book, layout), x.float(), None, _steps(book, parameters)))
+        return Streams(*engine.encode(_plan(book, layout), x.float(), None, grid_steps(book, parameters)))
     if not torch.isfinite(x).all():
         raise FloatingPointError
     return encode_stored(book, layout, book.stored((grid or book.grid(parameters)).codes(x)))
@@ -111,7 +111,7 @@ def decode(frame: Frame, out: Tensor | None = None) -> Tensor:
     if book.kind == "grid" and compute_dtype(frame.dtype) == torch.float32 and runs_kernels(frame.data):
         in_place = out is not None and frame.dtype == torch.float32 and keeps_order(shape, book.channel_axis)
         values = out if in_place and out is not None else torch.empty((batch, book.channels, inner))
-        plan, steps = _plan(book, parts.layout), _steps(book, parts.parameters)
+        plan, steps = _plan(book, parts.layout), grid_steps(book, parts.parameters)
         streams = parts.streams
         _check(engine.decode(plan, streams.source, streams.offsets, streams.lengths, steps, values, None), book)
         if in_place:
@@ -148,7 +148,7 @@ def _plan(book: Codebook, layout: Layout) -> engine.KernelPlan:
     return plans[key]
 
 
-def _steps(book: Codebook, parameters: tuple[Tensor, ...]) -> Tensor:
+def grid_steps(book: Codebook, parameters: tuple[Tensor, ...]) -> Tensor:
     """(B or 1, C) float32: the step of each channel, kind "grid"."""
     step = parameters[0].squeeze(-1).cpu() * power_of_two(-book.extra_bits).unsqueeze(0)
     return step.expand(-1, book.channels).contiguous()

@@ -99,12 +99,17 @@ def _tables(layout: Layout, decoder: bool) -> NDArray[np.uint64]:
 
 
 class KernelPlan:
-    """A layout made ready for the kernels; kept with the codebook, one for each shape."""
+    """A layout made ready for the kernels; kept with the codebook, one for each shape.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        like: a plan whose groups have the same tables in the same order, which are then held once.
+    """
+
+    def __init__(self, layout: Layout, like: KernelPlan | None = None) -> None:
         self.layout = layout
         self.channels, self.groups = kernel_arrays(layout)
-        self.encoders, self.decoders = _tables(layout, False), _tables(layout, True)
+        self.encoders: NDArray[np.uint64] = like.encoders if like else _tables(layout, False)
+        self.decoders: NDArray[np.uint64] = like.decoders if like else _tables(layout, True)
         self.fixed_sizes = layout.fixed_sizes()
         self.fixed_edges = np.concatenate([[0], np.cumsum(self.fixed_sizes)]).astype(np.int64)
 

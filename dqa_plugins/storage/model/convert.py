@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ...errors import InvalidMethod, UncalibratedQuantizer
-from ...graph.fx import TensorFacts, operation_name
+from ...graph.fx import TensorFacts, follow_in_place, operation_name
 from ...graph.record import record_shapes
 from ...methods import Method, check_method
 from ...quantizer import ActivationQuantizer
@@ -34,7 +35,7 @@ from ..format.errors import NothingToStore, NotPackable
 from ..tables import build_codebook
 from .edges import Edge, LateRead, late_reads
 from .facts import add_module, producer_axes, quantized_source, quantizer_of, site_names, trace
-from .memory import follow_in_place, read_sizes_early
+from .memory import read_sizes_early
 from .sites import Pack, StoredSite, Unpack
 from .subsampling import Subsampling, read_subsample, subsampled, subsampling
 
@@ -45,18 +46,18 @@ def prepare_stored(
     """Put a quantizer on every long-lived value.
 
     Args:
-        model: any model that torch.fx can trace, or one prepared or converted by the FX or PT2E adapter. It is
-            not changed.
+        model: any model that torch.fx can trace, or one prepared or converted by the FX or PT2E adapter, or converted
+            by Brevitas'. It is not changed.
         method: of the quantizers. Values that an adapter's quantizer stands on keep that one.
         example_inputs: a tensor or a tuple of positional inputs, for the shapes.
         min_lifetime: compute layers that must run between the making of a value and a late reader.
-        skip: site names to leave in float.
+        skip: names of sites, or of edges as `stored_edges` gives them, to leave as they are.
 
     Returns:
         a prepared model in the mode of `model`; calibrate it by running it. `stored_edges(prepared)` lists the edges.
 
     Raises:
-        TraceFailed: torch.fx cannot trace the model.
+        TraceFailed: torch.fx cannot trace the model, or misses its quantizers (NNCF calls them in hooks).
         NothingToStore: no value lives that long.
         NotAMethod: `method` is not one.
         InvalidMethod: min_lifetime is less than 1.
@@ -75,8 +76,9 @@ def prepare_stored(
     floats = {node for node, found in seen.items() if found.dtype is not None and found.dtype.is_floating_point}
     axes = producer_axes(traced, seen)
     late = late_reads(traced, min_lifetime, lambda node: node in floats and names[node] not in skip)
+    left: set[str] = set()
     for node, reads in late.items():
-        _store(traced, node, reads, method, names[node], axes.get(node, 1))
+        _store(traced, node, reads, method, names[node], axes.get(node, 1), seen, (skip, left))
     if not stored_edges(traced):
         raise NothingToStore(
             f"{type(model).__name__} has no floating-point value that is read again after {min_lifetime} or more "
@@ -88,12 +90,21 @@ def prepare_stored(
     return traced
 
 
-def _store(model: GraphModule, node: Node, reads: list[LateRead], method: Method, name: str, axis: int) -> None:
+def _store(
+    model: GraphModule,
+    node: Node,
+    reads: list[LateRead],
+    method: Method,
+    name: str,
+    axis: int,
+    seen: Mapping[Node, TensorFacts],
+    skip: tuple[tuple[str, ...], set[str]],
+) -> None:
     """Put a site behind `node`, and let the late readers read it.
 
     Readers that subsample, and readers behind an operation that changes the value in place, get a site of their own.
     """
-    origin, same_axes = quantized_source(node, model)
+    origin, same_axes = quantized_source(node, model, seen)
     if origin is not None and not same_axes:
         return  # its codes are another tensor's: a quantizer of its own would change them, so it stays as it is
     existing = None if origin is None else quantizer_of(origin, model)
@@ -107,7 +118,11 @@ def _store(model: GraphModule, node: Node, reads: list[LateRead], method: Method
         groups.setdefault((read.final, how.key if how else ""), (how, []))[1].append(read)
     for number, ((final, _), (how, group)) in enumerate(groups.items()):
         wanted = existing.name or name if existing is not None and origin is node else name
-        site_name = _free_name(model, f"{wanted}.{number}" if number else wanted, own=existing is None)
+        wanted = f"{wanted}.{number}" if number else wanted
+        site_name = _free_name(model, wanted, skip[1], own=existing is None)
+        if site_name in skip[0]:
+            skip[1].add(site_name)
+            continue
         quantizer = existing or ActivationQuantizer(method, name=site_name, producer_axis=axis)
         edge = Edge(
             name=site_name,
@@ -129,9 +144,9 @@ def _store(model: GraphModule, node: Node, reads: list[LateRead], method: Method
                 read_subsample(model, read.reader, node, current, site, sized)
 
 
-def _free_name(model: GraphModule, name: str, *, own: bool) -> str:
-    """A site name that no stored value has, nor, if the site gets a quantizer of its own, any quantizer."""
-    taken = {edge.name for edge in stored_edges(model)}
+def _free_name(model: GraphModule, name: str, left: set[str], *, own: bool) -> str:
+    """A site name that no stored or left value has, nor, if the site gets a quantizer of its own, any quantizer."""
+    taken = left | {edge.name for edge in stored_edges(model)}
     if own:
         taken |= {m.name for m in model.modules() if isinstance(m, ActivationQuantizer)}
     names = itertools.chain([name, f"{name}.stored"], (f"{name}.stored.{k}" for k in itertools.count(1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from ...graph.axes import channel_axes
 from ...graph.fx import TensorFacts, describe, name_sites, operation_name
 from ...graph.operations import facts
 from ...quantizer import ActivationQuantizer
+from ...sites import iter_quantizers
 from ..format.errors import TraceFailed
 
 SITE = "dqa_site"  # key in Node.meta where the adapters keep a node's site name
@@ -31,6 +32,8 @@ IN_PLACE_OPERATORS = frozenset(f"i{op}" for op in "add sub mul truediv floordiv 
 _SAME_CODES = frozenset(
     "max_pool1d max_pool2d max_pool3d MaxPool1d MaxPool2d MaxPool3d Identity clone contiguous detach".split()
 )
+# likewise, where the dtype stays
+_CASTS = frozenset("to type type_as float double half bfloat16 alias dropout Dropout".split())
 
 
 class _InPlaceProxy(Proxy):
@@ -66,18 +69,65 @@ def trace(model: nn.Module) -> GraphModule:
         TraceFailed: torch.fx cannot trace it.
     """
     if isinstance(model, GraphModule):
-        return model
+        return _with_quantizers(model, model)
     try:
         graph = _QuantizerTracer().trace(model)
         for node in graph.nodes:
             if node.name == "self":  # a layer of that name: torch.fx (2.13) writes code in which it hides the model
                 node._rename("self_layer")
-        return GraphModule(model, graph, type(model).__name__)
+        return _with_quantizers(GraphModule(model, graph, type(model).__name__), model)
+    except TraceFailed:
+        raise
     except Exception as error:
         raise TraceFailed(
             f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). Wrap the part that "
             "branches on data with torch.fx.wrap, or export the model and prepare it with the PT2E adapter first."
         ) from error
+
+
+def _with_quantizers(traced: GraphModule, model: nn.Module) -> GraphModule:
+    """The graph, with every quantizer of the model as a call of its own. Changes it in place.
+
+    Raises:
+        TraceFailed: a quantizer is not in the graph.
+    """
+    for node in list(traced.graph.nodes):
+        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else nn.Identity()
+        for part in (module, *module.children()):
+            split = getattr(part, "split_quantizer", None)
+            steps = None if split is None else split(module)
+            if steps is not None:
+                _replace_by(traced, node, steps)
+                break
+    traced.recompile()
+    called = {quantizer_of(node, traced) for node in traced.graph.nodes}
+    called |= {m for node in traced.graph.nodes if node.op == "call_module" for m in _inside(traced, node)}
+    missed = [name for name, quantizer in iter_quantizers(model) if quantizer not in called]
+    if missed:
+        raise TraceFailed(
+            f"torch.fx does not see {len(missed)} quantizers of {type(model).__name__} ({missed[0]!r}, ...): hooks "
+            "call them, and the stored model would compute without them. Quantize the float model by an adapter that "
+            "gives a graph, or by prepare_stored alone."
+        )
+    return traced
+
+
+def _inside(model: GraphModule, node: Node) -> Iterator[ActivationQuantizer]:
+    """The quantizers in a module that a graph calls as a whole."""
+    for module in model.get_submodule(str(node.target)).modules():
+        if isinstance(module, ActivationQuantizer):
+            yield module
+
+
+def _replace_by(model: GraphModule, node: Node, steps: Sequence[nn.Module]) -> None:
+    """Call modules one after the other in place of a node."""
+    value: Any = node.args[0]
+    with model.graph.inserting_before(node):
+        for number, step in enumerate(steps):
+            value = model.graph.call_module(add_module(model, f"{node.target}_{number}", step), (value,))
+    node.replace_all_uses_with(value)
+    value.meta = dict(node.meta)
+    model.graph.erase_node(node)
 
 
 def add_module(model: GraphModule, name: str, module: nn.Module) -> str:
@@ -125,8 +175,11 @@ def producer_axes(model: GraphModule, seen: dict[Node, TensorFacts]) -> dict[Nod
     return {value.key: axis.axis for value, axis in channel_axes(describe(model, seen)).items()}
 
 
-def quantized_source(node: Node, model: GraphModule) -> tuple[Node | None, bool]:
+def quantized_source(node: Node, model: GraphModule, seen: Mapping[Node, TensorFacts]) -> tuple[Node | None, bool]:
     """The quantizer whose codes a value still holds, though other operations moved or selected them since.
+
+    Args:
+        seen: what each node gave when the model ran.
 
     Returns:
         (its node, or None; whether channels and samples are where they were).
@@ -136,6 +189,8 @@ def quantized_source(node: Node, model: GraphModule) -> tuple[Node | None, bool]
         name = operation_name(node, model)
         if (facts(name).kind != "moves" and name not in _SAME_CODES) or not node.all_input_nodes:
             return None, False
-        same = same and name in _SAME_CODES
-        node = node.all_input_nodes[0]
+        before = node.all_input_nodes[0]
+        cast = name in _CASTS and node in seen and before in seen and seen[node].dtype == seen[before].dtype
+        same = same and (name in _SAME_CODES or cast)
+        node = before
     return node, same

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 from torch.fx import GraphModule, Node
 
-from ...graph.fx import operation_name
-from .facts import IN_PLACE_OPERATORS, VIEWS, quantizer_of
+from ...graph.fx import operation_name, written
+from .facts import VIEWS, quantizer_of
 
 # The result may share memory with the input: always, or where there is nothing to do (a dropout in eval mode).
 _MAY_ALIAS = VIEWS | frozenset(
@@ -22,34 +19,6 @@ _MAY_ALIAS = VIEWS | frozenset(
 _SIZES = frozenset("size dim ndimension numel".split())
 
 
-def _flag_in_place(node: Node, model: GraphModule) -> bool:
-    """Whether an operation is told to work in place."""
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
-        return False
-    try:
-        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # built in
-        given = node.kwargs
-    return given.get("inplace") is True
-
-
-def written(node: Node, model: GraphModule) -> Node | None:
-    """The value that an operation changes in place; None if it changes none."""
-    target: Any = None
-    name = operation_name(node, model)
-    if isinstance(node.target, torch._ops.OpOverload):
-        for i, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                target = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
-    elif "out" in node.kwargs:
-        target = node.kwargs["out"]
-    elif name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")) or _flag_in_place(node, model):
-        target = node.args[0] if node.args else next(iter(node.all_input_nodes), None)
-    return target if isinstance(target, Node) else None
-
-
 def _shares_memory_with(node: Node, model: GraphModule) -> Node | None:
     """The input that a node's value may share memory with."""
     changed = written(node, model)
@@ -60,17 +29,6 @@ def _shares_memory_with(node: Node, model: GraphModule) -> Node | None:
     view = schema is not None and any(result.alias_info is not None for result in schema.returns)
     # a quantizer that observes returns its input
     return node.all_input_nodes[0] if view or name in _MAY_ALIAS or quantizer_of(node, model) is not None else None
-
-
-def follow_in_place(model: GraphModule) -> None:
-    """Let what reads a value after an in-place operation changed it read that operation's result: it is the same."""
-    order = {node: i for i, node in enumerate(model.graph.nodes)}
-    for node in model.graph.nodes:
-        changed = written(node, model)
-        if changed is not None:
-            for user in list(changed.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(changed, node)
 
 
 def read_sizes_early(model: GraphModule) -> None:

@@ -124,3 +124,14 @@ def test_official_noisyquant_runs_in_front_of_convolutions_too() -> None:
     assert sites["relu"].factor.numel() == 1
     assert sites["relu"].noise.shape == (8,)
     assert 0 < float(sites["relu"].factor) <= 1
+
+
+def test_batch_norms_train_in_front_of_float_weights() -> None:
+    """torch.ao's QAT modules construct the observer of a weight with factory_kwargs."""
+    x = inputs("residual")[0]
+    prepared = prepare_qat_fx(build("residual").train(), get_qconfig_mapping(Direct(bits=8), weight_bits=None), (x,))
+    prepared(x).sum().backward()
+    with torch.no_grad():
+        found, expected = convert_fx(prepared.eval())(x), build("residual")(x)
+    assert not torch.equal(found, expected)
+    assert found.shape == expected.shape

@@ -13,10 +13,11 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
 )
+from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, iter_quantizers
 from dqa_plugins.adapters.pt2e import PluginQuantizer
-from dqa_plugins.errors import DQAWarning, InvalidMethod, NotAMethod
+from dqa_plugins.errors import DQAWarning, InvalidMethod, NotAMethod, UnsupportedInput
 
 from .zoo import build, calibrate, exported, inputs, sites
 
@@ -200,3 +201,34 @@ def test_quantizers_are_the_modules_of_the_core() -> None:
     converted = convert_pt2e(prepared)
     called = [converted.get_submodule(n.target) for n in converted.graph.nodes if n.op == "call_module"]
     assert [type(m) for m in called if not type(m).__module__.startswith("torch")] == [ActivationQuantizer] * 4
+
+
+class _Permuted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x).permute(0, 2, 3, 1))
+
+
+def test_xnnpacks_quantizer_does_not_share_ours() -> None:
+    """It gave the permute our observer, which then saw channels on another axis: ChannelMismatch."""
+    rest = XNNPACKQuantizer().set_global(get_symmetric_quantization_config())
+    ours = PluginQuantizer().set_module_type(nn.Conv2d, DQA(bits=8))
+    x = torch.randn(2, 3, 8, 8)
+    model = _Permuted().eval()
+    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), ComposableQuantizer([ours, rest]))
+    prepared(x)
+    converted = convert_pt2e(prepared)
+    assert [name for name, _ in iter_quantizers(converted)] == ["input.0", "conv"]
+    assert any("quantize_per_tensor" in str(node.target) for node in converted.graph.nodes), "the rest is XNNPACK's"
+    expected = model(x)
+    assert float((converted(x) - expected).norm() / expected.norm()) < 0.05
+
+
+def test_a_second_prepare_is_refused() -> None:
+    prepared = prepare_pt2e(exported("residual"), PluginQuantizer().set_global(DQA()))
+    calibrate(prepared, "residual")
+    with pytest.raises(UnsupportedInput, match="quantized already"):
+        prepare_pt2e(convert_pt2e(prepared), PluginQuantizer().set_global(DQA()))

@@ -15,7 +15,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant, iter_quantizers
 from dqa_plugins.adapters.pt2e import PluginQuantizer
-from dqa_plugins.errors import NonFiniteInput, UncalibratedQuantizer
+from dqa_plugins.errors import NonFiniteInput, UncalibratedQuantizer, UnsupportedCombination
 
 from .zoo import CONVERTED, calibrate, exported, inputs, sites
 
@@ -185,3 +185,13 @@ def test_a_file_loads_in_another_process(tmp_path: Path) -> None:
         "assert 'dqa_plugins' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_batch_norm_in_training_mode_is_not_folded_in_silence() -> None:
+    """torchao folds it with its running statistics, which a forward in training mode does not use."""
+    x = torch.randn(4, 3, 8, 8)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    trained, evaluated = (torch.export.export(model.train(mode), (x,)).module() for mode in (True, False))
+    with pytest.raises(UnsupportedCombination, match=r"'1' is a batch norm in training mode.*eval"):
+        prepare_pt2e(trained, PluginQuantizer().set_global(Direct()))
+    prepare_pt2e(evaluated, PluginQuantizer().set_global(Direct()))

@@ -10,32 +10,35 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts candidates.
+    """Counts the steps of a long call.
 
     Args:
-        total: candidates in all.
+        total: steps in all.
         shown: False: no bar.
-        done: candidates done before (resumed).
+        done: steps done before (resumed).
+        what: is being done, "ranking channels".
+        unit: of a step, "channel".
     """
 
-    def __init__(self, total: int, shown: bool, done: int = 0) -> None:
+    def __init__(self, total: int, shown: bool, done: int = 0, *, what: str, unit: str) -> None:
         self._bar: Any = None
+        self._what = what
         if shown:
             try:
                 from tqdm.auto import tqdm
             except ImportError:
-                logger.info("tqdm is not installed: no progress bar; ranking %d channels", total)
+                logger.info("tqdm is not installed: no progress bar; %s, %d %ss", what, total, unit)
             else:
-                self._bar = tqdm(total=total, initial=done, desc="ranking channels", unit="channel")
+                self._bar = tqdm(total=total, initial=done, desc=what, unit=unit)
 
-    def layer(self, name: str) -> None:
-        """Say which layer is searched."""
-        logger.info("ranking the channels of %s", name)
+    def at(self, name: str) -> None:
+        """Say what comes now: a layer, a method, a backend."""
+        logger.info("%s: %s", self._what, name)
         if self._bar is not None:
             self._bar.set_postfix_str(name)
 
-    def advance(self, count: int) -> None:
-        """Some candidates are done."""
+    def advance(self, count: int = 1) -> None:
+        """Some steps are done."""
         if self._bar is not None:
             self._bar.update(count)
 

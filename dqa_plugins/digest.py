@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to: settings, layers, and digests of the model, the metric and the batches.
+"""A digest of data, functions and models: by their content, so that it says whether two are the same.
 
 Names and weights are not enough: every lambda is called `<lambda>`, and two networks may connect the same layers in
 different ways. So the digest of a model covers the code of its modules beside their tensors, and that of a metric its
@@ -21,35 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..methods import method_to_dict
-from ..quantizer import ActivationQuantizer
-from ..state import StateModule
+from .state import StateModule
 
 _RANKED = ("extra_bits", "_extra_state")  # what a ranking changes: a model ranked before is still the same model
 _BY_NAME = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy", "dqa_plugins"}
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes)
 _CALLABLE = (FunctionType, BuiltinFunctionType, MethodType, partial)
-
-
-def identity(
-    model: nn.Module, rankable: dict[str, ActivationQuantizer], batches: list[Any], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """What a checkpoint belongs to, as JSON-compatible values.
-
-    Args:
-        model: the prepared model.
-        rankable: its quantizers by site name.
-        batches: (inputs, targets).
-        settings: JSON-compatible ones as they are, "metric" as a function or None.
-    """
-    layers = [[name, q.num_channels, method_to_dict(q.method)] for name, q in rankable.items()]
-    return {
-        **settings,
-        "metric": digest(settings["metric"]),
-        "layers": layers,
-        "model": digest(model),
-        "batches": digest(batches),
-    }
 
 
 def digest(value: Any) -> str:

@@ -1,0 +1,98 @@
+"""Steps by sensitivity: each channel of the keys and values gets the step that costs the model's loss least.
+
+An error of variance step^2 / 12 in a channel moves the loss by about its mean squared gradient times that, and halving
+a step costs one bit whatever the channel: at the optimum step * sqrt(mean squared gradient) is one number for all
+channels of all layers (as in `dqa_plugins.storage.allocation`). Here steps are not tied to powers of two of a scale.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dqa_plugins.errors import InvalidMethod
+from dqa_plugins.quantizer import ActivationQuantizer
+from dqa_plugins.rounding import power_of_two
+from dqa_plugins.storage.coder.histograms import entropy_bits
+
+from .settings import TensorSettings
+from .tables import coded_bits, codes_of, shared_codebooks
+
+_ROUNDS = 4  # corrections of the order-0 estimate by the tables that are really made
+_STEPS = 12  # bisection steps
+_TOKENS = 256  # of the estimate
+
+
+def allocate_steps(
+    tensors: Sequence[TensorSettings],
+    rows: Sequence[Tensor],
+    sensitivities: Sequence[Tensor],
+    target: float,
+    block: int,
+) -> list[TensorSettings]:
+    """The tensors with steps by sensitivity and shared tables, whose calibration values take `target` bits each.
+
+    Args:
+        tensors: static, per channel.
+        rows: (C, T) calibration values of each.
+        sensitivities: (C,) mean squared gradient of each.
+        target: bits per value, without tables.
+        block: tokens of a block.
+
+    Raises:
+        InvalidMethod: the target cannot be met.
+    """
+    # a channel that the text never moved has no gradient, and no reason for a step either
+    roots = [s.clamp(min=float(s.mean()) * 1e-6 + 1e-30).sqrt() for s in sensitivities]
+    few = [r[:, :: max(1, r.shape[1] // _TOKENS)] for r in rows]
+
+    def estimate(level: float) -> float:
+        made = _with_steps(tensors, roots, level)
+        return float(np.mean([_entropy(codes_of(t, r)) for t, r in zip(made, few, strict=True)]))
+
+    beyond, best, miss = 0.0, None, np.inf
+    for _ in range(_ROUNDS):
+        low, high = -32.0, 16.0
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if estimate(middle) + beyond > target else (low, middle)
+        made = shared_codebooks(_with_steps(tensors, roots, high), rows, block)
+        measured = coded_bits(made, [r[:, -1024:] for r in rows], block)
+        if abs(measured - target) < miss:
+            best, miss = made, abs(measured - target)
+        if miss < 0.01 * target:
+            break
+        beyond = measured - estimate(high)
+    if best is None or miss > 0.1 * target:
+        raise InvalidMethod(f"target_bits={target}: the nearest that steps can come is {miss:.2f} bits off.")
+    return best
+
+
+def _with_steps(tensors: Sequence[TensorSettings], roots: Sequence[Tensor], level: float) -> list[TensorSettings]:
+    """The tensors with steps 2^level / root."""
+    return [replace(t, quantizer=_with_step(t, (2.0**level / r).float())) for t, r in zip(tensors, roots, strict=True)]
+
+
+def _with_step(t: TensorSettings, step: Tensor) -> ActivationQuantizer:
+    quantizer = copy.deepcopy(t.quantizer)
+    extra = torch.zeros(len(step), dtype=torch.int64)
+    if quantizer.method.has_important_channels:
+        extra += quantizer.method.bits  # the widest codes: entropy coding makes the unused ones free
+        quantizer.set_extra_bits(extra)
+    quantizer.scale = step * power_of_two(extra)
+    quantizer.derive_grid()
+    return quantizer
+
+
+def _entropy(codes: Tensor) -> float:
+    """Order-0 bits per value, each channel by itself."""
+    low = int(codes.min())
+    size = int(codes.max()) - low + 1
+    index = (codes - low) + size * torch.arange(len(codes))[:, None]
+    counts = torch.bincount(index.flatten(), minlength=size * len(codes)).view(len(codes), size)
+    return float(entropy_bits(counts.numpy().astype(np.float64)).sum()) / codes.numel()
