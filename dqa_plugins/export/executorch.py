@@ -154,8 +154,7 @@ def executorch_method(path: str | os.PathLike[str]) -> Callable[..., list[Tensor
 
 
 class XnnpackForms(Forms):
-    """What `expand` shall make of a program for XNNPACK: 8-bit codes with one scale per tensor, in PT2E's operators, which
-    executorch registers.
+    """What `expand` shall make of a program for XNNPACK: 8-bit codes with one scale, in PT2E's operators.
 
     Codes of fewer bits and per-channel activations are arithmetic, and the weights that they meet are float: the
     runtime would compute them from integers in every run.
