@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, 
 
 from dqa_plugins import DQA, Direct, Method
 from dqa_plugins.adapters.fx import get_qconfig_mapping
-from dqa_plugins.export import onnxruntime_session, to_executorch, to_onnx, to_openvino
+from dqa_plugins.export import exact_divisions, onnxruntime_session, to_executorch, to_onnx, to_openvino
 from dqa_plugins.export.executorch import executorch_method
 from dqa_plugins.export.openvino import F32
 from examples.benchmarks.machine import machine
@@ -165,7 +165,7 @@ def openvino_method(path: Path) -> Run:
     import openvino
 
     options = {**F32, "INFERENCE_NUM_THREADS": "1"}
-    compiled = openvino.compile_model(str(path), "CPU", options)
+    compiled = openvino.compile_model(exact_divisions(openvino.Core().read_model(path)), "CPU", options)
     return lambda *xs: [torch.from_numpy(compiled([x.numpy() for x in xs])[0].copy())]
 
 
