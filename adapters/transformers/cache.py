@@ -65,7 +65,7 @@ class PackedCache(Cache):
             raise
         if all(layer.pending is not None for layer in self.layers):
             for layer in self.layers:
-                layer.state, layer.pending = layer.pending, None
+                layer.commit()
             self._complete, self._failed = True, False
         return found
 

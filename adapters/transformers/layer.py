@@ -67,9 +67,7 @@ class PackedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The empty state of these shapes, dtype and device."""
-        empty = (key_states[:, :, :0], value_states[:, :, :0])
-        nothing: tuple[tuple[Blocks, Blocks], ...] = (((), ()),) * key_states.shape[0]
-        self.state, self.is_initialized = State(empty, nothing, empty, 0, 0), True
+        self.state, self.is_initialized = _empty(key_states, value_states), True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Keys and values of the past and the new tokens; what the layer then holds is `pending`.
@@ -81,14 +79,15 @@ class PackedLayer(CacheLayerMixin):
             ChannelMismatch: other heads, head sizes or sequences than before, or than calibrated.
             NonFiniteInput: NaN or Inf; the message names the layer and the token.
         """
-        if self.state is None:
-            self.lazy_initialization(key_states, value_states)
-        state, new = self.state, (key_states, value_states)
-        assert state is not None  # for the type checker
+        state, new = self.state or _empty(key_states, value_states), (key_states, value_states)
         self._check(state, new)
         seen, kept = self._read(state, new), self._pack(state, new)
         self.pending = kept
         return seen
+
+    def commit(self) -> None:
+        """What is pending is what the layer holds."""
+        self.state, self.pending, self.is_initialized = self.pending, None, True
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -265,6 +264,13 @@ class PackedLayer(CacheLayerMixin):
         rest = [x[:, :, :left].clone() for x in whole]
         short = tuple((self.stores[0].part(k, 0, kept), self.stores[1].part(v, 0, kept)) for k, v in rows)
         return State(head, short, (rest[0], rest[1]), kept, length)
+
+
+def _empty(keys: Tensor, values: Tensor) -> State:
+    """Of the shapes, dtype and device of (B, H, T, D) keys and values; no view of them, which would keep them alive."""
+    nothing: tuple[tuple[Blocks, Blocks], ...] = (((), ()),) * keys.shape[0]
+    pair = (torch.empty_like(keys[:, :, :0]), torch.empty_like(values[:, :, :0]))
+    return State(pair, nothing, pair, 0, 0)
 
 
 def _each(pair: Pair, change: Any, *others: Pair) -> Pair:

@@ -298,7 +298,6 @@ class Bench:
         starts = (0, 12_000)
         text = encode(calibration_text()).input_ids[0]
         calls = [Call((text[None, at : at + (256 if quick else 1024)],)) for at in starts]
-        started = time.process_time()
         names = TARGETS[-2:] if quick else TARGETS
         self.records: list[list[Record]] = []
         self.settings = {}
@@ -312,7 +311,6 @@ class Bench:
             if folder is not None:
                 self.settings[str(target)].save(folder)
         self.calibration = {"tokens": sum(call.positional[0].numel() for call in calls)}
-        self.calibration["cpu_seconds"] = time.process_time() - started
 
     def decided(self, method: Any, target: float | None) -> CacheSettings:
         layers = decide(self.records, method, target, "joint", 64)

@@ -326,6 +326,15 @@ def test_a_forward_that_fails_changes_nothing(earlier: bool) -> None:
     assert cache.get_seq_length() == length + 30
 
 
+@torch.no_grad()
+def test_a_first_forward_that_is_refused_leaves_no_shape_behind() -> None:
+    cache = PackedCache(settings("llama"))
+    with pytest.raises(ChannelMismatch):
+        model("gpt2")(text(5, 3), past_key_values=cache)
+    model("llama")(text(5, 2), past_key_values=cache)
+    assert (cache.batch_size, cache.get_seq_length()) == (2, 5)
+
+
 def test_another_batch_is_refused() -> None:
     with pytest.raises(ChannelMismatch, match="holds 2 sequences"):
         model("llama")(text(5, 3), past_key_values=filled())
