@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import importlib.util
 import json
@@ -277,7 +278,7 @@ def main() -> None:
         for backend in arguments.backends:
             if importlib.util.find_spec(backend) is None:
                 continue
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
                 rows = compared(model, x, backend, Path(folder))
             results["networks"].setdefault(name, {})[backend] = rows
             for variant, row in rows.items():
