@@ -40,10 +40,9 @@ from .parameters import QuantizerParameters
 from .ranges import measure
 from .resolve import kept_values, next_layer_weight, static_qparams
 from .rounding import cast
-from .scripted import ScriptedQuantizer
+from .scripted import scripted, traced
 
 LARGEST = 2**31 - 1  # values of a tensor: what int32 indices of kernels and backends reach
-
 # of frozen quantizers: beside them, so that no copy and no file takes it along
 _tables: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 _written = operator.attrgetter("_version")
@@ -79,6 +78,7 @@ class ActivationQuantizer(QuantizerParameters):
         return f"{self.method}, name={self.name!r}, state={self._state!r}"
 
     # ------------------------------------------------------------ states
+    __prepare_scriptable__ = scripted  # torch.jit.script calls it
 
     def freeze(self, consumer_weight: Tensor | None = None) -> ActivationQuantizer:
         """Fix everything that calibration decides, forget the calibration data, and fake-quantize from now on.
@@ -188,9 +188,8 @@ class ActivationQuantizer(QuantizerParameters):
             NonFiniteInput, UnsupportedInput, ChannelMismatch, ChannelAxisError, UncalibratedQuantizer: each names
                 the layer.
         """
-        if isinstance(x, Proxy):  # torch.fx traces: a call of this module
-            calls = () if prediction is None else (prediction,)
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *calls), {})
+        if isinstance(x, Proxy):
+            return traced(self, x, prediction)
         self._check_tensor(x)
         if prediction is not None and self.predictor is None:
             raise UnsupportedCombination(f"{self.label} takes no prediction: its qparams are {self.method.qparams!r}.")
@@ -207,21 +206,6 @@ class ActivationQuantizer(QuantizerParameters):
             else:
                 self._require_data("was run in eval mode")
         return self.fake_quantize(x, prediction)
-
-    def __prepare_scriptable__(self) -> ScriptedQuantizer:
-        """What torch.jit.script puts in its place, in the model that it is given too: script a copy.
-
-        Raises:
-            UnsupportedCombination: it is not frozen, or its qparams are not static.
-        """
-        if self._state != "frozen" or self.method.qparams != "static":
-            raise UnsupportedCombination(
-                f"{self.label}: torch.jit.script takes frozen quantizers with static qparams; this one is in state "
-                f"{self._state!r} with qparams={self.method.qparams!r}. Convert the model first, or use torch.export."
-            )
-        rank = max(2, self.channel_axis + 1)
-        grids = [self.grid(self.scale.new_empty([1] * rank, dtype=d)) for d in (torch.float32, torch.float64)]
-        return ScriptedQuantizer(grids[0], grids[1], self.channel_axis)
 
     def fake_quantize(self, x: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Quantize and dequantize x, (B, ...), with the decided parameters; in the dtype of x."""

@@ -41,9 +41,9 @@ def quantiles(x: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
         one (...) tensor per level: v_lo + (v_hi - v_lo) * fraction, at position level * (N - 1).
     """
     if x.dtype is torch.float32 and eager.usable(x):
-        found = selected(x.reshape(-1, x.shape[-1]), [Extent("upper", level) for level in levels])
-        if found is not None:
-            return tuple(value.reshape(x.shape[:-1]) for value in found)
+        by_kernel = selected(x.reshape(-1, x.shape[-1]), [Extent("upper", level) for level in levels])
+        if by_kernel is not None:
+            return tuple(value.reshape(x.shape[:-1]) for value in by_kernel)
     count = x.shape[-1]
     positions = [min(max(level, 0.0), 1.0) * (count - 1) for level in levels]
     low = [math.floor(p) for p in positions]

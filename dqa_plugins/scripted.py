@@ -1,9 +1,14 @@
-"""A frozen quantizer with static qparams as a module that torch.jit.script takes."""
+"""What torch.jit.script and torch.fx make of a quantizer: a module of TorchScript, and a call of the quantizer."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from .errors import UnsupportedCombination
 from .grid import Grid
+from .parameters import QuantizerParameters
 from .rounding import nonzero
 
 _FIELDS = ("step", "low", "high", "zero_point", "bias")
@@ -69,3 +74,26 @@ class ScriptedQuantizer(nn.Module):
         if self.keeps:
             values = torch.where((y < grid[6]) | (y > grid[7]), x, values)
         return values
+
+
+def scripted(quantizer: QuantizerParameters) -> ScriptedQuantizer:
+    """What torch.jit.script puts in the place of a quantizer, in the model that it is given too: script a copy.
+
+    Raises:
+        UnsupportedCombination: it is not frozen, or its qparams are not static.
+    """
+    if quantizer.state != "frozen" or quantizer.method.qparams != "static":
+        raise UnsupportedCombination(
+            f"{quantizer.label}: torch.jit.script takes frozen quantizers with static qparams; this one is in state "
+            f"{quantizer.state!r} with qparams={quantizer.method.qparams!r}. Convert it first, or use torch.export."
+        )
+    rank = max(2, quantizer.channel_axis + 1)
+    grids = [quantizer.grid(quantizer.scale.new_empty([1] * rank, dtype=d)) for d in (torch.float32, torch.float64)]
+    return ScriptedQuantizer(grids[0], grids[1], quantizer.channel_axis)
+
+
+def traced(quantizer: QuantizerParameters, x: Proxy, prediction: Any) -> Any:
+    """A call of the quantizer in a graph that torch.fx records, whose tracers know no leaves but those of torch."""
+    arguments = (x,) if prediction is None else (x, prediction)
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(quantizer), arguments, {})

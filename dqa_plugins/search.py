@@ -148,10 +148,9 @@ def noise_errors(rows: Tensor, scale: Tensor, shifts: Tensor, low: int, high: in
     first = (values + shifts[:, :1]).round().clamp(low, high)
     last = (values + shifts[:, -1:]).round().clamp(low, high)
     gap = first - values
-    steps = shifts[:, :1] + (shifts[:, -1:] - shifts[:, :1]) * torch.linspace(
-        0, 1, count, dtype=shifts.dtype, device=shifts.device
-    )
-    even = count > 1 and bool(((shifts - steps).abs() < 1e-9 * (shifts[:, -1:] - shifts[:, :1])).all())
+    width = shifts[:, -1:] - shifts[:, :1]
+    spaced = shifts[:, :1] + width * torch.linspace(0, 1, count, dtype=shifts.dtype, device=shifts.device)
+    even = count > 1 and bool(((shifts - spaced).abs() <= 1e-9 * width).all())
     # sums of w g and w g^2 over a channel, where g = q - x / delta: at the first candidate, then what each code adds
     linear, square = (shifts.new_zeros(len(rows), count + 1) for _ in range(2))
     linear[:, 0], square[:, 0] = (weights * gap).sum(1), (weights * gap.square()).sum(1)

@@ -139,7 +139,8 @@ def get_qconfig_mapping(
     Args:
         method: for every layer; None: float unless set for a layer.
         weight_bits, weight_scheme: see `weight_constructor`.
-        skip: "first", "last" (the first and last layer with a weight), or names of modules to leave float.
+        skip: "first", "last" (the first and last layer with a weight), "ends" (both, where there are more than three
+            such layers), or names of modules to leave float.
 
     Raises:
         NotAMethod, InvalidMethod.
@@ -167,9 +168,10 @@ READY_MADE: dict[str, Method] = {
 
 
 def ready_made(name: str) -> PluginQConfigMapping:
-    """A fresh mapping each time, so that setting a layer in it changes nobody else's; first and last layer stay float.
+    """A fresh mapping each time, so that setting a layer in it changes nobody else's; the first and the last layer of
+    networks with more than three stay float.
 
     Args:
         name: a key of `READY_MADE`.
     """
-    return get_qconfig_mapping(READY_MADE[name], skip=("first", "last"))
+    return get_qconfig_mapping(READY_MADE[name], skip=("ends",))

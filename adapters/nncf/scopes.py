@@ -75,7 +75,7 @@ def layers_to_skip(skip: Iterable[str], model: nn.Module, enclosing: dict[str, s
     weighted = [path for path in enclosing.values() if path and isinstance(model.get_submodule(path), kinds)]
     found = set()
     for name in skip:
-        if name in ("first", "last"):
+        if name in ("first", "last", "ends"):
             layers = resolve_skip((name,), weighted, enclosing.values())
             found |= {op for op, around in enclosing.items() if within(around, layers)}
         else:

@@ -82,7 +82,8 @@ class PluginQuantizer(Quantizer):
 
     Args:
         weight_bits, weight_scheme: see `weight_spec`.
-        skip: "first", "last" (the first and last layer with a weight), or names of modules to leave float.
+        skip: "first", "last" (the first and last layer with a weight), "ends" (both, where there are more than three
+            such layers), or names of modules to leave float.
 
     Raises:
         InvalidMethod, NotAMethod; an unknown name when the model is prepared.

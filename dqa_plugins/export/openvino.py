@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from dqa_plugins.errors import ExportFailed, missing
 
 from .onnx import to_onnx
+from .program import to_exported_program
 
 # On CPUs with AMX or AVX-512 BF16 OpenVINO computes in bfloat16 by default: errors up to 1 were seen on activations,
 # and every low-bit code moves. Linear layers whose weights it can compress it runs with int8 activations. Compile with
@@ -65,18 +67,25 @@ def to_openvino(
     path: str | os.PathLike[str] | None = None,
     *,
     dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+    form: str = "float",
 ) -> Any:
     """Convert a converted model, or a single frozen ActivationQuantizer, to OpenVINO.
 
-    Goes through ONNX: PT2E models with folded int8 weights fail in OpenVINO's own reader of exported programs.
-    Compile the result with `openvino.compile_model(model, "CPU", F32)`: the default precision is bfloat16 on many CPUs.
+    Goes through the ONNX file of that form (see `to_onnx`; "qdq": int8 weights, and int8 arithmetic where OpenVINO has
+    it): OpenVINO's reader of exported programs multiplies by 1 / step where the program divides, which is a step off at
+    ties. Where the way through ONNX fails, form="float" is read from the exported program all the same. The result says
+    which way it took: `model.get_rt_info("dqa_plugins").astype(str)` is "onnx" or "torch.export".
+
+    Compile it with `openvino.compile_model(model, "CPU", F32)`: the default precision is bfloat16 on many CPUs.
 
     Args:
         model: converted by any adapter.
         example_inputs: a tensor or a tuple of them; the first dimension of the first one is the batch.
-        path: where to save (an .xml; weights beside it as .bin, float32); None: only return. A model that is read
-            from there needs `exact_divisions`.
-        dynamic_batch: leave the batch size open.
+        path: where to save (an .xml; weights beside it as .bin); None: only return. A model that is read from there
+            needs `exact_divisions`.
+        dynamic_batch, dynamic_shapes: see `to_onnx`.
+        form: "float" or "qdq", see `to_onnx`.
 
     Returns:
         openvino.Model.
@@ -87,10 +96,27 @@ def to_openvino(
     ov = require_openvino()
     if path is not None and Path(path).suffix != ".xml":
         raise ExportFailed(f"{path}: OpenVINO saves a model as .xml (and .bin beside it).")
-    with tempfile.TemporaryDirectory() as folder:
-        file = to_onnx(model, example_inputs, Path(folder) / "model.onnx", dynamic_batch=dynamic_batch)
-        converted = read_onnx(file)
-        if path is not None:
-            # the default would round weights, and scales, to float16
-            ov.save_model(converted, str(path), compress_to_fp16=False)
+    sizes = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
+    way = "onnx"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = to_onnx(model, example_inputs, Path(folder) / "model.onnx", form=form, **sizes)
+            converted = read_onnx(file)
+    except (ExportFailed, RuntimeError):
+        if form != "float":
+            raise
+        way, converted = "torch.export", _read_program(to_exported_program(model, example_inputs, **sizes))
+    converted.set_rt_info(way, "dqa_plugins")
+    if path is not None:
+        # the default would round weights, and scales, to float16
+        ov.save_model(converted, str(path), compress_to_fp16=False)
+    return converted
+
+
+def _read_program(program: ExportedProgram) -> Any:
+    """An ExportedProgram as an openvino.Model, with the sizes of its inputs, which OpenVINO leaves open."""
+    converted = require_openvino().convert_model(program)
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    shapes = [[size if isinstance(size, int) else -1 for size in value.shape] for value in inputs]
+    converted.reshape(dict(zip(converted.inputs, shapes, strict=True)))
     return converted

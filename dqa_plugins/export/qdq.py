@@ -90,18 +90,22 @@ class Forms:
         self.sites: dict[str, str] = {}
         self.forms: dict[tuple[str, int], QDQForm] = {}
         grids: dict[tuple[str, int], Grid] = {}
+        codes = integer_weights(program)
         for node in calls(program, FAKE_QUANTIZE):
             x, *arguments, site = node.args
             value = x.meta["val"]  # type: ignore[union-attr]
             values = tree_map_only(Node, lambda argument: constant_of(program, argument), arguments)
             static = all(constant_of(program, a) is not None for a in tree_leaves(arguments) if isinstance(a, Node))
             grid = grid_of(*values) if static else None
-            reason = unsupported(grid, value.dtype) or _beside_float_weights(program, node)
+            reason = (
+                unsupported(grid, value.dtype)
+                or _beside_float_weights(program, node)
+                or (_of_tokens(grid) if codes else None)
+            )
             if grid is None or reason:
                 self.sites[str(site)] = f"float: {reason}"
             else:
                 grids[str(site), value.ndim] = grid
-        codes = integer_weights(program)
         signed = all(_end(grid.low, min) < 0 for grid in grids.values()) if self.signed is None else self.signed
         for (site, rank), grid in grids.items():
             form = self.forms[site, rank] = QDQForm(grid, signed, compact=opset >= INT4_OPSET and not codes)
@@ -169,6 +173,13 @@ def _beside_float_weights(program: ExportedProgram, node: Node) -> str | None:
     return "the weights that it meets are float" if any(w.is_floating_point() for w in weights) else None
 
 
+def _of_tokens(grid: Grid | None) -> str | None:
+    """Why an activation with a scale for each channel of its last axis must not look like integers."""
+    if grid is None or grid.step.ndim == 0 or grid.step.shape[-1] == 1:
+        return None
+    return "OpenVINO 2026.4 computes matrix products beside per-channel integers wrongly"
+
+
 def weight_type(codes: Tensor, opset: int) -> str:
     """int4 or int8, uint4 or uint8: the narrowest type of the file that holds the codes of a weight."""
     signed = codes.dtype == torch.int8
@@ -189,9 +200,9 @@ class QDQForm:
     def __init__(self, grid: Grid, signed: bool, compact: bool) -> None:
         low, high = _end(grid.low, min), _end(grid.high, max)
         self.width = 4 if compact and grid.zero_point is None and grid.width() <= 4 else 8
-        self.signed = low < 0 if self.width == 4 else signed
-        self.type = f"{'' if self.signed else 'u'}int{self.width}"
         self.axis = next((i for i in range(-grid.step.ndim, 0) if grid.step.shape[i] > 1), None)
+        self.signed = signed if self.width == 8 and self.axis is None else low < 0
+        self.type = f"{'' if self.signed else 'u'}int{self.width}"
         full = code_range(self.width, self.signed)
         self.moved = full[0] - code_range(self.width, low < 0)[0]
         self.zero = self.moved + (0 if grid.zero_point is None else int(grid.zero_point))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import Operation, Value
 from dqa_plugins.methods import Method
 from dqa_plugins.quantizer import ActivationQuantizer
@@ -142,7 +143,13 @@ class Summary:
 
 
 def keep_summary(summary: Summary, model: nn.Module, quantizers: Iterable[ActivationQuantizer]) -> None:
-    """Let a model and its quantizers know their placement; hosts drop one or the other when they convert."""
+    """Let a model and its quantizers know their placement; hosts drop one or the other when they convert.
+
+    Raises:
+        DuplicateSites: two quantizers have one name.
+    """
+    quantizers = list(dict.fromkeys(quantizers))
+    require_unique(quantizer.name for quantizer in quantizers)
     meta = getattr(model, "meta", None)
     if isinstance(meta, dict):
         meta[PLACEMENT] = summary

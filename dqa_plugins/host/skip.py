@@ -27,7 +27,8 @@ def resolve_skip(skip: Iterable[str], layers: Sequence[str], paths: Iterable[str
     """Names of the modules that stay float.
 
     Args:
-        skip: "first", "last", or qualified names of modules.
+        skip: "first", "last", "ends", or qualified names of modules. "ends" is the first and the last layer of a
+            network with more than three: of a smaller one little would be left to quantize.
         layers: paths of the layers with a weight, in order of execution.
         paths: of all modules that are known.
 
@@ -39,6 +40,8 @@ def resolve_skip(skip: Iterable[str], layers: Sequence[str], paths: Iterable[str
     for item in skip:
         if item in ("first", "last"):
             found.extend(layers[:1] if item == "first" else layers[-1:])
+        elif item == "ends":
+            found.extend((layers[0], layers[-1]) if len(layers) > 3 else ())
         elif any(within(path, (item,)) for path in known):
             found.append(item)
         else:

@@ -48,15 +48,14 @@ def usable(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, *_NARROW
 
 
 class Rows(NamedTuple):
-    """Memory as rows of `inner` values: samples * free * count of them, or samples * free where `along`.
+    """Memory as rows of `inner` values: samples * free * channels of them, or samples * free where `along`.
 
-    Groups are samples * count rows' worth of values (each channel of each sample) or, where `along`, each position of a
-    row in each sample.
+    A group is a channel of a sample; where `along`, that is a position in the rows of a sample.
     """
 
     inner: int
     free: int
-    count: int
+    channels: int
     along: bool
     samples: int
 
@@ -168,7 +167,8 @@ def table_of(x: Tensor, parameters: tuple[Tensor | float | None, ...]) -> Table 
     Returns:
         None where a parameter is not float32, or differs along other axes than the batch and one more.
     """
-    shape, axes, found = x.shape, set(), []
+    shape, axes = x.shape, set[int]()
+    found: list[Any] = []
     for p in parameters:
         if isinstance(p, Tensor):
             if p.dtype is not torch.float32 or not p.is_cpu or p.ndim > x.ndim:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
+from .compiling import kernel
 from .memory import float_bits
 from .vectors import BLOCK, add_16, add_64, count_bits, equal_bytes, float_value, lowest_bit, values_at
 
@@ -45,7 +46,7 @@ def _tensor_pass(x, other, floor, lower, inverse, shift, low, high, zero, step, 
     return 1 if seen & _NAN else 2 if below < 0 else 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def quantize(x, other, floor, lower, inverse, shift, low, high, zero, step, codes, values, size):  # type: ignore[no-untyped-def]
     """Codes, and values, of a tensor with one grid.
 
@@ -76,7 +77,7 @@ def quantize(x, other, floor, lower, inverse, shift, low, high, zero, step, code
     return _tensor_pass(a, b, floor, lower, inverse, shift, low, high, zero, step, q, y)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def quantize_channels(x, other, floor, grid, zero, codes, values, size):  # type: ignore[no-untyped-def]
     """As `quantize`, of (P, C) with a grid for each channel.
 
@@ -108,7 +109,7 @@ def quantize_channels(x, other, floor, grid, zero, codes, values, size):  # type
     return 1 if seen & _NAN else 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def outliers(x, other, floor, lower, upper, bottom, top, codes, values, size, base, positions, residuals, found):  # type: ignore[no-untyped-def]
     """The values outside [lower, upper] among those whose codes are saturated.
 
@@ -165,7 +166,7 @@ def outliers(x, other, floor, lower, upper, bottom, top, codes, values, size, ba
     return kept
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def scatter(out, size, weight, scale, positions, residuals, channels, width, rows, columns, steps):  # type: ignore[no-untyped-def]
     """Add to the output of a convolution what the outliers of its input contribute.
 
@@ -207,7 +208,28 @@ def scatter(out, size, weight, scale, positions, residuals, channels, width, row
                     y[at + o + i * down + j * right] += factor * weight[tap + o + i * row + j * column]
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def regrid(codes, size, grid, before, after):  # type: ignore[no-untyped-def]
+    """Bytes of each channel's own grid to the grid common to all, in place: (clamp(q - before) * factor) + after.
+
+    Args:
+        codes: address of `size` = P * C bytes.
+        grid: (3, C) int32: smallest and largest code of a channel, and factor.
+        before, after: int32, the byte of code 0.
+    """
+    q = carray(values_at(codes, np.uint8), size)
+    low, high, factor = grid[0], grid[1], grid[2]
+    channels = _u(grid.shape[1])
+    for p in range(_u(size) // channels):
+        base = p * channels
+        for c in range(channels):
+            v = np.int32(np.int32(q[base + c]) - before)
+            v = high[c] if high[c] < v else v
+            v = low[c] if low[c] > v else v
+            q[base + c] = np.int32(np.int32(v * factor[c]) + after)
+
+
+@kernel
 def scale_samples(out, size, scales, bias):  # type: ignore[no-untyped-def]
     """out[b] = out[b] * scales[b] + bias, in place.
 
@@ -225,7 +247,7 @@ def scale_samples(out, size, scales, bias):  # type: ignore[no-untyped-def]
                 y[base + o] = y[base + o] * factor + bias[o]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def extremes(x, other, floor, size):  # type: ignore[no-untyped-def]
     """(minimum, maximum) of a tensor after the sum and the floor, see `quantize`; NaN is not looked for."""
     a, b = carray(values_at(x, np.float32), size), carray(values_at(other, np.float32), size)

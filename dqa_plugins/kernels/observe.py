@@ -226,8 +226,8 @@ def select(x, size, mask, ranks, out, first, last):  # type: ignore[no-untyped-d
         if least < ~_INFINITY or most > _INFINITY:
             return True
         for r in range(ranks.size):
-            if ranks[r] == size - 1 and mask == -1:
-                out[row, r] = most
+            if ranks[r] == size - 1:  # magnitudes are their own keys
+                out[row, r] = most if mask == -1 else max(key(most) & mask, key(least) & mask)
             else:
                 _select(x, row * size, size, mask, ranks[r], sample, room, out[row, r])
             out[row, r, 0], out[row, r, 1] = _value(out[row, r, 0]), _value(out[row, r, 1])

@@ -19,13 +19,14 @@ _u = np.uint64
 def _sums(x, begin, end, lower, upper):  # type: ignore[no-untyped-def]
     """Sum, sum of magnitudes, sum of squares (squared in float32) of x[begin:end], and how many lie outside."""
     total = magnitude = square = 0.0
-    outside = 0
+    outside = np.int32(0)
     for i in range(_u(begin), _u(end)):
         v = x[i]
-        total += np.float64(v)
-        magnitude += np.float64(abs(v))
+        wide = np.float64(v)
+        total += wide
+        magnitude += abs(wide)
         square += np.float64(v * v)
-        outside += np.int64(v < lower) + np.int64(v > upper)
+        outside = np.int32(outside + np.int32((v < lower) | (v > upper)))  # int32: as many lanes as values
     return total, magnitude, square, np.float64(outside)
 
 
@@ -49,7 +50,7 @@ def sums(x, lower, upper, out, inner, free, count, along, first, last):  # type:
                     out[sample, c, 0] += np.float64(v)
                     out[sample, c, 1] += np.float64(abs(v))
                     out[sample, c, 2] += np.float64(v * v)
-                    out[sample, c, 3] += np.float64(v < lower[sample, g]) + np.float64(v > upper[sample, g])
+                    out[sample, c, 3] += np.float64((v < lower[sample, g]) | (v > upper[sample, g]))
         else:
             for row in range(sample * free * count, (sample + 1) * free * count):
                 c = row % count

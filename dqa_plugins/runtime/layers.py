@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dqa_plugins.errors import UnsupportedCombination
 
 from .codes import Codes
-from .quantizer import laid_out
+from .quantizer import Int8Quantizer, laid_out
 
 _engine: str | None = None
 
@@ -229,7 +229,7 @@ class Int8Linear(Int8Layer):
         rows = np.empty((out.numel() // outputs, 3), np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2] = 0, 1, np.arange(len(rows)) * outputs
         column, steps = np.array([[0, 1, 0]]), (0, 0, 0, 0, channels, outputs)
-        scatter(out.data_ptr(), out.numel(), weight, scale, *q.outliers, channels, 1, rows, column, steps)  # type: ignore[call-arg, misc]
+        scatter(out.data_ptr(), out.numel(), weight, scale, *q.outliers, channels, 1, rows, column, steps)  # type: ignore[misc]
 
 
 class Int8Conv2d(Int8Layer):
@@ -255,15 +255,68 @@ class Int8Conv2d(Int8Layer):
     ) -> None:
         super().__init__(weight, scale, bias, name)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.then: Int8Quantizer | None = None  # alone reads the output: bytes go out where that is the same
+
+    def forward(self, q: Codes) -> Any:
+        """Codes to float32; to Codes where a quantizer was put behind."""
+        if self.then is None:
+            return super().forward(q)
+        found = self._to_bytes(q, self.then)
+        return self.then(super().forward(q)) if found is None else found
+
+    def _output(self, then: Int8Quantizer) -> Any:
+        """How oneDNN makes the bytes of a quantizer: None if it cannot, else scale of the weight, bias, step, zero,
+        and what `kernels.int8.regrid` takes (None: nothing is left to do)."""
+        plan = then.plan()
+        if isinstance(plan, str) or plan.ends is not None:
+            return None
+        inverse, shift, low, high, step, factor = (
+            plan.channels
+            if plan.channels is not None
+            else np.array([[v] for v in (*plan.tensor[:4], plan.tensor[5], 1)], np.float32)
+        )
+        before = np.int32(-low.min())
+        if shift.any() or not inverse.all() or high.max() + before > 255:
+            return None
+        smallest = step.min()
+        own = torch.from_numpy(np.broadcast_to(smallest / step, len(self.scale)).astype(np.float32))
+        grid = np.stack([np.broadcast_to(v, len(self.scale)) for v in (low, high, factor)]).astype(np.int32)
+        saturates = (low + before <= 0).all() and (high + before >= 255).all() and (factor == 1).all()
+        left = None if saturates else (grid, before, plan.zero)
+        return self.scale * own, self.bias * own, float(smallest), int(before), left, plan
+
+    def _to_bytes(self, q: Codes, then: Int8Quantizer) -> Codes | None:
+        """The bytes of the quantizer behind, straight from oneDNN; None where its output has to be float first."""
+        if q.codes is None or len(q.scales) != 1 or engine() != "onednn" or not len(q.codes):
+            return None
+        if q.outliers is not None and q.outliers.positions.size:
+            return None
+        output = self._once("output", lambda: self._output(then))
+        if output is None or not self.computed_right(q.codes.shape, int(q.zeros[0])):
+            return None
+        scale, bias, step, zero, left, plan = output
+        packed, geometry = self._pack(bool(q.zeros[0])), (self.stride, self.padding, self.dilation, self.groups)
+        out: Tensor = torch.ops.onednn.qconv2d_pointwise(
+            q.codes, q.scales[0], int(q.zeros[0]), packed, scale, self._vectors()[0], bias, *geometry, step, zero,
+            torch.uint8, "relu" if then.relu else "none", [], "",
+        )  # fmt: skip
+        out = laid_out(out, True)
+        if left is not None:
+            from dqa_plugins.kernels.int8 import regrid
+
+            regrid(out.data_ptr(), out.numel(), *left)
+        return Codes(out, [plan.scale], [plan.zero], None, None)
+
+    def _pack(self, shifted: bool) -> Any:
+        """The weight as oneDNN wants it, for inputs with or without a zero point."""
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return self._once(
+            ("packed", shifted),
+            lambda: torch.ops.onednn.qconv_prepack(self.weight, self.scale, 1.0, int(shifted), *geometry, None),
+        )
 
     def dense(self, codes: Tensor, scale: float, zero: int, bias: Tensor | None) -> Tensor:
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        packed = self._once(
-            ("packed", bool(zero)),
-            lambda: torch.ops.onednn.qconv_prepack(
-                self.weight, self.scale, 1.0, int(bool(zero)), *geometry, list(codes.shape)
-            ),
-        )
+        packed, geometry = self._pack(bool(zero)), (self.stride, self.padding, self.dilation, self.groups)
         found: Tensor = torch.ops.onednn.qconv2d_pointwise(
             codes, scale, zero, packed, self.scale, self._vectors()[0], bias, *geometry, 1.0, 0, torch.float32,
             "none", [], "",
@@ -285,4 +338,4 @@ class Int8Conv2d(Int8Layer):
         rows, down, row = _rows(batch, height, tall, kh, geometry[0], (kw * own, wide * outputs))
         columns, right, column = _taps(width, wide, kw, geometry[1], (own, outputs))
         steps = (down, right, row, column, channels // self.groups, own)
-        scatter(out.data_ptr(), out.numel(), weight, scale, *q.outliers, channels, width, rows, columns, steps)  # type: ignore[call-arg, misc]
+        scatter(out.data_ptr(), out.numel(), weight, scale, *q.outliers, channels, width, rows, columns, steps)  # type: ignore[misc]

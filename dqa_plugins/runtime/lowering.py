@@ -23,7 +23,7 @@ from dqa_plugins.operators import DEQUANTIZE, FAKE_QUANTIZE, MODULE, modules_as_
 
 from .eligible import LAYERS, Eligible
 from .facts import tensors
-from .layers import Int8Layer, Int8Linear
+from .layers import Int8Conv2d, Int8Layer, Int8Linear
 from .quantizer import Int8Quantizer
 from .report import META, LayerReport
 
@@ -93,6 +93,8 @@ class _Lowering(Eligible):
         for node in list(self.graph.nodes):
             if node.target is MODULE:
                 self._enter(node)
+            elif node.op == "call_module":
+                self._join(node)
         for node in reversed(self.graph.nodes):
             if not node.users and (node.op == "get_attr" or node.target in (FAKE_QUANTIZE, DEQUANTIZE)):
                 self.graph.erase_node(node)
@@ -102,6 +104,17 @@ class _Lowering(Eligible):
         self.model.recompile()
         self.model.meta[META] = tuple(rows)
         return self.model
+
+    def _join(self, node: Any) -> None:
+        """Let a convolution that alone feeds a quantizer make its bytes."""
+        module, source = self.model.get_submodule(node.target), node.args[0]
+        if not isinstance(module, Int8Quantizer) or source.op != "call_module" or len(source.users) != 1:
+            return
+        layer = self.model.get_submodule(source.target)
+        if isinstance(layer, Int8Conv2d) and module.quantizer is None and not module.added and not module.values:
+            layer.then = module
+            node.replace_all_uses_with(source)
+            self.graph.erase_node(node)
 
     def _later(self, quantizer: Any) -> None:
         """Quantize behind an operation in front of layers, where that is the same: a reshape of a tensor with one grid
@@ -143,7 +156,8 @@ class _Lowering(Eligible):
         """A call of the module that a node stands for."""
         key = str(node.args[1])
         path = f"module_{list(self.modules).index(key)}"
-        self.model.add_submodule(path, self.modules[key])  # type: ignore[arg-type]
+        module: Any = self.modules[key]
+        self.model.add_submodule(path, module)
         with self.graph.inserting_before(node):
             called = self.graph.call_module(path, tuple(node.args[0]))
         called.meta = dict(node.meta)

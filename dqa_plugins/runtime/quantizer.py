@@ -112,6 +112,12 @@ class Int8Quantizer(nn.Module):
                 found[field.name] = tuple(parts) if field.name == "keep" else parts[0]
         return Grid(**found)
 
+    def plan(self) -> ByteGrid | str:
+        """Its constant grid in bytes, or why there is none."""
+        if self._plan is None:
+            self._plan = byte_grid(self._constant_grid(), folded=self.folded)
+        return self._plan
+
     @torch.no_grad()
     def forward(self, x: Tensor, *arguments: Tensor) -> Codes:
         """Quantize x, (B, ...) float32.
@@ -126,9 +132,7 @@ class Int8Quantizer(nn.Module):
         found = None
         if x.numel() and x.dtype == torch.float32:  # else the fallback says what is wrong
             if self.quantizer is None:
-                if self._plan is None:
-                    self._plan = byte_grid(self._constant_grid(), folded=self.folded)
-                found = self._quantize(x, other, [self._plan])
+                found = self._quantize(x, other, [self.plan()])
             else:
                 if self._grids is None:
                     self._grids = SampleGrids(self.quantizer)
@@ -168,7 +172,7 @@ class Int8Quantizer(nn.Module):
             a, q = source + 4 * at, to + at
             c, y = second and second + 4 * at, kept and kept + 4 * at
             if plan.channels is None:
-                flag = int8.quantize(a, c, self.floor, plan.keep[0], *plan.tensor, q, y, size)  # type: ignore[call-arg]
+                flag = int8.quantize(a, c, self.floor, plan.keep[0], *plan.tensor, q, y, size)
             else:
                 flag = int8.quantize_channels(a, c, self.floor, plan.channels, plan.zero, q, y, size)
             if flag == 1:

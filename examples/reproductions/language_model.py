@@ -218,12 +218,14 @@ def plot(cells: Sequence[dict[str, Any]], title: str, options: common.Options) -
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
         axis.set_xticks(range(len(BITS)), [f"{bits} bits" for bits in BITS])
+        axis.set_xlim(-0.5, len(BITS) - 0.5)
         axis.set_title({"brevitas": "brevitas: inputs of linear layers"}.get(host, f"{host}: every activation"))
     low = 0.7 * min(y for y in value.values() if y is not None)
     for axis in panels:
         axis.set_ylim(low, 2e5)
     panels[0].set_ylabel("perplexity (log scale)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
+    handles = {text: handle for axis in panels for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=7, fontsize=9)
     figure.suptitle(title)
     common.save(figure, options, NAME)
 

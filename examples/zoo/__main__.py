@@ -11,16 +11,22 @@ from examples.zoo import run, table
 from examples.zoo.hosts import ROOMS
 from examples.zoo.networks import NETWORKS
 
+DOCS = run.ROOT / "docs"
+RESULTS = DOCS / "results" / "zoo.json"
+
+
+def published() -> list[run.Cell]:
+    """The cells of docs/results/zoo.json."""
+    found: list[run.Cell] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    return found
+
 
 def write_page(folder: Path) -> None:
     """docs/results/zoo.json of the cells in a folder, beside those that it has already, and docs/zoo.md of them."""
-    docs = run.ROOT / "docs"
-    results = docs / "results" / "zoo.json"
-    cells = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
-    by = {(cell["network"], cell["room"]): cell for cell in (*cells, *run.read(folder)) if "code" in cell}
+    by = {(cell["network"], cell["room"]): cell for cell in (*published(), *run.read(folder)) if "code" in cell}
     kept = [by[network, room] for network in NETWORKS for room in ROOMS if (network, room) in by]
-    results.write_text(table.merged(kept), encoding="utf-8")
-    (docs / "zoo.md").write_text(table.page(kept, NETWORKS), encoding="utf-8")
+    RESULTS.write_text(table.merged(kept), encoding="utf-8")
+    (DOCS / "zoo.md").write_text(table.page(kept, NETWORKS), encoding="utf-8")
 
 
 parser = argparse.ArgumentParser(prog="python -m examples.zoo", description=__doc__)
@@ -35,5 +41,6 @@ if __name__ == "__main__":  # processes of cells import this file
     if options.page:
         write_page(options.out)
         sys.exit()
+    run.restore(published(), options.out)
     cells = [(network, room) for network in options.network for room in options.room]
     run.run_all(cells, options.out, options.limit, options.again)

@@ -71,6 +71,15 @@ def is_done(path: Path, version: str | None = None) -> bool:
     return found is not None and version in (None, found)
 
 
+def restore(cells: Iterable[Cell], folder: Path) -> None:
+    """Write the files of cells that a folder has not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        path = path_of(folder, cell["network"], cell["room"])
+        if not path.exists():
+            write(path, cell)
+
+
 def _measure(network: str, room: str, folder: Path, limit: float) -> None:
     """What the process of a cell does."""
     os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # its kernels: compiled once, for a minute or two
@@ -120,7 +129,6 @@ def run_cell(network: str, room: str, folder: Path, limit: float = LIMIT, versio
 
 def run_all(cells: Iterable[tuple[str, str]], folder: Path, limit: float = LIMIT, again: bool = False) -> None:
     """Measure what is not there yet, or with `again` not of this version of the code, and say a line about each."""
-    folder.mkdir(parents=True, exist_ok=True)
     version = code_version()
     for network, room in cells:
         if is_done(path_of(folder, network, room), version if again else None):

@@ -115,8 +115,9 @@ def _intro(cells: Sequence[Cell], networks: dict[str, Entry]) -> str:
     listed = ", ".join(f"{count} of {source}" for source, count in sources.most_common())
     return f"""# Networks that others wrote
 
-{len(networks)} architectures ({listed}), each in FX, PT2E, Brevitas and NNCF by the room's `quantize_model`: random
-weights from a seed, batch norms settled on data, inputs of at most 96 pixels, shortened where they are deep.
+{len(networks)} architectures ({listed}),
+each in FX, PT2E, Brevitas and NNCF by the room's `quantize_model`: random weights from a seed, batch norms settled on
+data, inputs of at most 96 pixels, shortened where they are deep.
 `python -m examples.zoo` computes what is not there yet, each cell in a process of its own that may take 60 s of
 processor time, and `python -m examples.zoo --page` writes this page from `docs/results/zoo.json`. The extra `[zoo]`
 has the packages; torchvision beside a CPU build of torch lacks its compiled part, which `examples/zoo/entry.py` copes
@@ -155,7 +156,8 @@ def _wanted(cells: Sequence[Cell], networks: dict[str, Entry]) -> str:
     return f"""## What was wanted
 
 At 8 bits no more than {RATIO} times the error of the host's own int8, or below {SMALL:.0%}, wherever the host works;
-at 4 bits the rooms within {RATIO} times of each other.
+at 4 bits the rooms within {RATIO} times of each other. A miss at 8 bits has to be read with what the host leaves in
+float.
 
 | room | quantized | 8 bits as wanted | time of `quantize_model` over the host's, median | misses at 8 bits |
 |---|---|---|---|---|

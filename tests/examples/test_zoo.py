@@ -53,7 +53,8 @@ def test_cells_that_are_there_are_not_computed_again(
     monkeypatch.setattr(run, "run_cell", run_cell)
     monkeypatch.setattr(run, "code_version", lambda: "new")
     cells = [("unet", "fx"), ("unet", "nncf"), ("matcher", "fx")]
-    run.write(run.path_of(tmp_path, "unet", "fx"), made(code="old"))
+    run.restore([made(code="old")], tmp_path)
+    run.restore([made(code="older")], tmp_path)
     run.path_of(tmp_path, "unet", "nncf").write_text('{"network": "un')
     run.write(
         run.path_of(tmp_path, "matcher", "fx"), {"network": "matcher", "room": "fx", "failed": {}, "step": "stock"}
@@ -62,6 +63,7 @@ def test_cells_that_are_there_are_not_computed_again(
     assert computed == cells[1:]
     run.run_all(cells, tmp_path)
     assert computed == cells[1:]
+    assert run.read(tmp_path)[-2]["code"] == "old"
     run.run_all(cells, tmp_path, again=True)
     assert computed == [*cells[1:], cells[0]]
     assert "unet" in capsys.readouterr().out

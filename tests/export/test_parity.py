@@ -223,8 +223,26 @@ def test_openvino_saves_float32_and_loads_with_the_same_numbers(tmp_path: Path) 
     from dqa_plugins.export.openvino import F32, to_openvino
 
     quantizer, x = frozen(DQA(bits=3))
-    to_openvino(quantizer, x, tmp_path / "q.xml")
+    found = to_openvino(quantizer, x, tmp_path / "q.xml")
+    assert found.get_rt_info("dqa_plugins").astype(str) == "onnx"
     compiled = ov.compile_model(str(tmp_path / "q.xml"), "CPU", F32)
     assert torch.equal(torch.from_numpy(compiled([x.numpy()])[0]), quantizer(x))
     with pytest.raises(ExportFailed, match=r"\.xml"):
         to_openvino(quantizer, x, tmp_path / "q.bin")
+
+
+def test_openvino_reads_the_program_where_the_way_through_onnx_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dqa_plugins.export import openvino as exporter
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(exporter, "read_onnx", fail)
+    quantizer, x = frozen(DQA(bits=3))
+    found = exporter.to_openvino(quantizer, x)
+    assert found.get_rt_info("dqa_plugins").astype(str) == "torch.export"
+    assert found.inputs[0].partial_shape.to_string() == "[?,6,5,5]"
+    compiled = exporter.require_openvino().compile_model(found, "CPU", exporter.F32)
+    assert float((torch.from_numpy(compiled([x.numpy()])[0]) - quantizer(x)).abs().max()) <= 1e-5
+    with pytest.raises(RuntimeError, match="no"):
+        exporter.to_openvino(quantizer, x, form="qdq")

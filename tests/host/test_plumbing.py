@@ -75,6 +75,8 @@ def test_an_unknown_minor_version_gives_one_sentence(version: str) -> None:
 def test_skip_by_position_and_name() -> None:
     layers, paths = ["stem", "blocks.0.conv", "head"], ["", "stem", "blocks.0.conv", "blocks.0.relu", "head"]
     assert resolve_skip(("first", "last", "blocks.0"), layers, paths) == ["stem", "head", "blocks.0"]
+    assert resolve_skip(("ends",), ["a", "b", "c", "d"], paths) == ["a", "d"]
+    assert resolve_skip(("ends",), ["a", "b", "c"], paths) == [], "too little would be left"
     assert resolve_skip(("first",), [], paths) == []
     assert within("blocks.0.conv", ["blocks.0"])
     assert not within("blocks.01", ["blocks.0"])

@@ -17,8 +17,6 @@ from tests.matrix.rooms import METHODS, ROOMS, SOURCES
 UNSUPPORTED = {
     "NoisyQuant(objective='output') in brevitas, nncf": "neither tells a quantizer which linear layer reads it; "
     "raises UnsupportedCombination",
-    "form='qdq' of DenseSparse, dynamic or asymmetric quantizers, n + m > 8": "no QuantizeLinear form; raises "
-    "UnsupportedCombination",
     "IntQuantTensor of DenseSparse, NoisyQuant (brevitas return_quant_tensor=True)": "their values lie on no common "
     "integer grid; raises",
     "training (QAT) with QPP": "it is fitted once, to a network that no longer changes; raises UnsupportedCombination",

@@ -67,7 +67,8 @@ def mutate(mutation: Mutation, root: Path) -> None:
 
 def all_mutations() -> list[Mutation]:
     """Of every part."""
-    from . import cache, core, export, placement, qpp, ranking, rooms, storage
+    from . import cache, core, export, kernels, placement, qpp, ranking, rooms, storage
 
-    parts = (core.PART, *placement.PARTS, *rooms.PARTS, storage.PART, export.PART, ranking.PART, qpp.PART, *cache.PARTS)
+    whole = (core, storage, kernels, export, ranking, qpp)
+    parts = (*(module.PART for module in whole), *placement.PARTS, *rooms.PARTS, *cache.PARTS)
     return [mutation for part in parts for mutation in part.mutations]

@@ -252,7 +252,7 @@ add(
     "1 - self.density)",
     test("statistics"),
 )
-add("Dense+Sparse: nothing is kept", "methods.py", "self.bits, keep=True)", "self.bits)", test("quantizer"))
+add("Dense+Sparse: nothing is kept", "method.py", "keep=self.keeps_outliers", "keep=False", test("quantizer"))
 add(
     "Dense+Sparse: reduced by maximum",
     "methods.py",
@@ -289,8 +289,8 @@ add(
 add(
     "a smaller minimum is forgotten",
     "calibration.py",
-    "torch.minimum(self.minimum, x.amin().double())",
-    "x.amin().double()",
+    "torch.minimum(self.minimum, measured.minimum.double())",
+    "measured.minimum.double()",
     test("calibration"),
 )
 add(
@@ -318,12 +318,12 @@ add(
     "        return x",
     test("quantizer"),
 )
-add("scope='batch' ignored", "source.py", 'if site.method.scope == "batch":', "if False:", test("quantizer"))
+add("scope='batch' ignored", "source.py", 'if site.method.scope == "batch"', "if False", test("quantizer"))
 add(
     "the batch's scale, not the sample's",
     "source.py",
-    'if site.method.scope == "batch":',
-    "if True:",
+    'if site.method.scope == "batch"',
+    "if True",
     test("quantizer"),
 )
 add(
@@ -333,7 +333,7 @@ add(
     "        if False:",
     test("states"),
 )
-add("NaN is let in", "quantizer.py", "if not torch.isfinite(x).all():", "if False:", test("bad_input"))
+add("NaN is let in", "ranges.py", "    if not ends.finite:\n", "    if False:\n", test("bad_input"))
 add(
     "another number of channels is let in",
     "quantizer.py",
@@ -416,7 +416,7 @@ add(
 add(
     "report: signal and noise swapped",
     "report/activations.py",
-    "math.log10(signal / noise)",
-    "math.log10(noise / signal)",
+    "math.log10(self.signal / self.noise)",
+    "math.log10(self.noise / self.signal)",
     REPORT,
 )

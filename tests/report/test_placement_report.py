@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import DQA, ActivationQuantizer, Direct
-from dqa_plugins.errors import DQAWarning
+from dqa_plugins.errors import DQAWarning, DuplicateSites
+from dqa_plugins.host.sites import Summary, keep_summary
 from dqa_plugins.report import PlacementReport, placement_report
 from tests.adapters.networks import batches, build
 
@@ -104,6 +105,14 @@ def test_layers_of_brevitas_that_were_not_substituted() -> None:
     substitute = pytest.importorskip("dqa_plugins.adapters.brevitas").substitute_layers
     floats = placement_report(substitute(build("residual"), {"relu1": DQA()})).floats
     assert [name for name, _ in floats] == ["conv1", "bn1", "conv2", "bn2", "relu2", "fc"]
+
+
+def test_no_room_keeps_two_quantizers_of_one_name() -> None:
+    """Every room hands its quantizers over in one place, which asks."""
+    twins = [ActivationQuantizer(Direct(), name="same") for _ in range(2)]
+    with pytest.raises(DuplicateSites, match="'same'"):
+        keep_summary(Summary(), nn.Identity(), twins)
+    keep_summary(Summary(), nn.Identity(), [twins[0], twins[0]])
 
 
 # ---------------------------------------------------------------- settings without effect

@@ -36,6 +36,7 @@ def cells() -> list[Any]:
     return [*found, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in slow)]
 
 
+@pytest.mark.filterwarnings("ignore:NNCF's bias correction is left out")
 @pytest.mark.parametrize(("room", "source", "name"), cells())
 def test_outputs_are_those_of_the_converted_model(room: str, source: str, name: str) -> None:
     method: Method = METHODS[name].replace(qparams=SOURCES[source])

@@ -172,8 +172,6 @@ def stored(case: Journey, model: nn.Module, x: Tensor, method: Method) -> None:
     """Long-lived values as packed codes: the outputs of the model that was given."""
     from dqa_plugins.storage import NothingToStore, convert_stored, prepare_stored
 
-    if case.room == "nncf":
-        return  # torch.fx does not see NNCF's hooks
     expected = run(model, x)
     try:
         prepared = prepare_stored(model, method, x)

@@ -10,7 +10,7 @@ import torch
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant
-from dqa_plugins.adapters.fx import dqa_qconfig, get_qconfig, get_qconfig_mapping, hooks
+from dqa_plugins.adapters.fx import get_qconfig, get_qconfig_mapping, hooks
 from dqa_plugins.errors import (
     FrameworkMismatch,
     InvalidMethod,
@@ -33,7 +33,7 @@ def test_converting_without_calibration_raises_and_names_the_layer(method: Any) 
 
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "1 NaN"), (float("inf"), "1 Inf")])
 def test_bad_values_in_calibration_data_name_the_layer(value: float, word: str) -> None:
-    prepared = prepare_fx(build("residual"), dqa_qconfig, inputs("residual"))
+    prepared = prepare_fx(build("residual"), get_qconfig_mapping(DQA()), inputs("residual"))
     (x,) = inputs("residual")
     x[1, 0, 0, 0] = value
     with pytest.raises(NonFiniteInput, match=f"'input.0'.*{word}"):
@@ -44,7 +44,7 @@ def test_an_inner_layer_that_overflows_is_named() -> None:
     net = build("residual")
     with torch.no_grad():
         net.conv2.weight.fill_(float("inf"))
-    prepared = prepare_fx(net, dqa_qconfig, inputs("residual"))
+    prepared = prepare_fx(net, get_qconfig_mapping(DQA()), inputs("residual"))
     with pytest.raises(NonFiniteInput, match="'bn2'"):
         prepared(*inputs("residual"))
 
@@ -110,7 +110,7 @@ def test_without_the_hook_fx_is_stopped_instead_of_placing_int8(monkeypatch: pyt
     convert = importlib.import_module("torch.ao.quantization.fx.convert")
     name = "_replace_observer_with_quantize_dequantize_node"
     monkeypatch.setattr(convert, name, getattr(convert, name).__wrapped__)
-    prepared = prepare_fx(build("residual"), dqa_qconfig, inputs("residual"))
+    prepared = prepare_fx(build("residual"), get_qconfig_mapping(DQA()), inputs("residual"))
     prepared(*inputs("residual"))
     with pytest.raises(FrameworkMismatch, match="asked for int8 qparams"):
         convert_fx(prepared)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant, iter_quantizers
-from dqa_plugins.adapters.fx import dqa_qconfig, get_qconfig, get_qconfig_mapping
+from dqa_plugins.adapters.fx import get_qconfig, get_qconfig_mapping
 from tests.nets import build, inputs
 
 SITES = {
@@ -24,7 +24,7 @@ SITES = {
 
 
 def sites(name: str, method: Any = None) -> list[str]:
-    mapping = dqa_qconfig if method is None else get_qconfig_mapping(method)
+    mapping = get_qconfig_mapping(DQA() if method is None else method)
     return [site for site, _ in iter_quantizers(prepare_fx(build(name), mapping, inputs(name)))]
 
 
@@ -37,7 +37,7 @@ def test_sites_have_their_original_names_in_order_of_execution(name: str) -> Non
 
 @pytest.mark.parametrize("name", SITES)
 def test_names_and_order_are_the_same_after_convert(name: str) -> None:
-    prepared = prepare_fx(build(name), dqa_qconfig, inputs(name))
+    prepared = prepare_fx(build(name), get_qconfig_mapping(DQA()), inputs(name))
     before = [site for site, _ in iter_quantizers(prepared)]
     prepared(*inputs(name))
     assert [site for site, _ in iter_quantizers(convert_fx(prepared))] == before
@@ -45,19 +45,25 @@ def test_names_and_order_are_the_same_after_convert(name: str) -> None:
 
 def test_no_observer_is_left_over_in_a_prepared_model() -> None:
     for name in SITES:
-        prepared = prepare_fx(build(name), dqa_qconfig, inputs(name))
+        prepared = prepare_fx(build(name), get_qconfig_mapping(DQA()), inputs(name))
         assert "" not in [q.name for _, q in iter_quantizers(prepared)], name
 
 
 def test_tokens_have_their_channels_last_and_images_at_axis_one() -> None:
-    axes = {s: q.channel_axis for s, q in iter_quantizers(prepare_fx(build("tokens"), dqa_qconfig, inputs("tokens")))}
+    axes = {
+        s: q.channel_axis
+        for s, q in iter_quantizers(prepare_fx(build("tokens"), get_qconfig_mapping(DQA()), inputs("tokens")))
+    }
     assert axes["embed"] == axes["norm"] == axes["down"] == axes["add.0"] == -1
-    axes = {s: q.channel_axis for s, q in iter_quantizers(prepare_fx(build("concat"), dqa_qconfig, inputs("concat")))}
+    axes = {
+        s: q.channel_axis
+        for s, q in iter_quantizers(prepare_fx(build("concat"), get_qconfig_mapping(DQA()), inputs("concat")))
+    }
     assert set(axes.values()) == {1}
 
 
 def test_channels_of_tokens_are_counted_along_the_last_axis() -> None:
-    prepared = prepare_fx(build("tokens"), dqa_qconfig, inputs("tokens"))
+    prepared = prepare_fx(build("tokens"), get_qconfig_mapping(DQA()), inputs("tokens"))
     prepared(*inputs("tokens"))
     quantizers = dict(iter_quantizers(convert_fx(prepared)))
     assert quantizers["embed"].num_channels == 10
@@ -83,7 +89,7 @@ def test_a_shared_observer_stays_one_module_and_sees_every_call() -> None:
 
 
 def test_moved_and_selected_values_are_not_quantized_again() -> None:
-    prepared = prepare_fx(build("concat"), dqa_qconfig, inputs("concat"))
+    prepared = prepare_fx(build("concat"), get_qconfig_mapping(DQA()), inputs("concat"))
     producers = [
         n.all_input_nodes[0]
         for n in prepared.graph.nodes
@@ -93,7 +99,7 @@ def test_moved_and_selected_values_are_not_quantized_again() -> None:
 
 
 def test_a_relu6_is_quantized_behind_not_before() -> None:
-    prepared = prepare_fx(build("bottleneck"), dqa_qconfig, inputs("bottleneck"))
+    prepared = prepare_fx(build("bottleneck"), get_qconfig_mapping(DQA()), inputs("bottleneck"))
     prepared(*inputs("bottleneck"))
     quantizers = dict(iter_quantizers(convert_fx(prepared)))
     assert not quantizers["expand.2"].signed, "the range before the clamp was taken"
@@ -128,13 +134,13 @@ def test_skip_leaves_layers_float(skip: tuple[str, ...], left_out: set[str]) -> 
 def test_placing_does_not_touch_the_statistics_of_anything() -> None:
     net = build("concat").train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    prepared = prepare_fx(net.eval(), dqa_qconfig, inputs("concat"))
+    prepared = prepare_fx(net.eval(), get_qconfig_mapping(DQA()), inputs("concat"))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(q.calibration.count == 0 for _, q in iter_quantizers(prepared))
 
 
 def test_example_inputs_that_do_not_run_only_cost_the_separation(caplog: Any) -> None:
-    prepared = prepare_fx(build("concat"), dqa_qconfig, (torch.zeros(1, 1),))
+    prepared = prepare_fx(build("concat"), get_qconfig_mapping(DQA()), (torch.zeros(1, 1),))
     assert "shapes could not be traced" in caplog.text
     with pytest.raises(ValueError, match="calibrated on"):
         prepared(*inputs("concat"))
@@ -152,5 +158,5 @@ class Functional(nn.Module):
 
 def test_functional_layers_are_named_by_operation() -> None:
     x = torch.randn(2, 3, 5, 5)
-    prepared = prepare_fx(Functional().eval(), dqa_qconfig, (x,))
+    prepared = prepare_fx(Functional().eval(), get_qconfig_mapping(DQA()), (x,))
     assert [s for s, _ in iter_quantizers(prepared)][:4] == ["input.0", "conv2d.0", "inner", "mean.0"]
