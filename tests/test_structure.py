@@ -79,17 +79,9 @@ def test_imports_make_no_circle(graph: dict[str, set[str]]) -> None:
     assert not found, " -> ".join(found)
 
 
-# the operators that programs for ExecuTorch are written in; importing them registers them
-DIALECT = "torch.ao.quantization.fx._decomposed"
-
-
 def test_the_core_imports_no_host_and_no_room(graph: dict[str, set[str]]) -> None:
     wrong = {
-        name: sorted(
-            other
-            for other in others - ({DIALECT} if name == "dqa_plugins.export.executorch" else set())
-            if other.startswith(HOSTS) or ".adapters" in other
-        )
+        name: sorted(other for other in others if other.startswith(HOSTS) or ".adapters" in other)
         for name, others in graph.items()
         if ".adapters" not in name
     }

@@ -166,8 +166,8 @@ class PackedLayer(CacheLayerMixin):
                     f"'{store.name}' holds {rows} sequences with {store.heads} heads of {store.width}; got a tensor of "
                     f"shape {tuple(x.shape)}. These are another model's settings, or another batch's cache."
                 )
-            bad = ~torch.isfinite(x.detach()).all(-1)
-            if bool(bad.any()):
+            if not bool(torch.isfinite(x.detach()).all()):
+                bad = ~torch.isfinite(x.detach()).all(-1)
                 row, head, token = bad.nonzero()[0].tolist()
                 raise NonFiniteInput(
                     f"'{store.name}': NaN or Inf in {int(bad.sum())} of {bad.numel()} new vectors, the first at token "
@@ -178,6 +178,8 @@ class PackedLayer(CacheLayerMixin):
         """Past and new tokens, as attention reads them."""
         held = _tokens(state, self.stores[0].block)
         skipped = max(0, held - self._reach)
+        if not held:
+            return new
         if not state.blocks:
             full = [torch.cat(parts, 2) for parts in zip(state.head, state.tail, new, strict=True)]
             return full[0][:, :, skipped:], full[1][:, :, skipped:]
@@ -192,8 +194,8 @@ class PackedLayer(CacheLayerMixin):
             shape = (x.shape[0], x.shape[1], held - dropped + x.shape[2], x.shape[3])
             out = x.new_empty(shape) if fresh else self.workspace.get(part, shape, x)
             out[:, :, :start] = state.head[part]
-            recent = torch.cat([state.tail[part], x], 2)
-            out[:, :, shape[2] - recent.shape[2] :] = recent
+            out[:, :, -x.shape[2] - state.tail[part].shape[2] : -x.shape[2]] = state.tail[part]
+            out[:, :, -x.shape[2] :] = x
             found.append(out)
         run(self._reads(state.rows, first, found, start))
         return found[0][:, :, skipped - dropped :], found[1][:, :, skipped - dropped :]
@@ -207,28 +209,27 @@ class PackedLayer(CacheLayerMixin):
 
     def _pack(self, state: State, new: Pair) -> State:
         """The state with the new tokens."""
-        head, rows, tail, blocks, length = state
+        block, before = self.stores[0].block, state.tail[0].shape[2]
+        room = max(0, self.first - state.head[0].shape[2])
         with torch.no_grad():
-            tail = _each(tail, lambda x, y: torch.cat([x, y.detach()], 2), new)
-            length += new[0].shape[2]
-            room = self.first - head[0].shape[2]
-            if room > 0:
-                head = _each(head, lambda x, y: torch.cat([x, y[:, :, :room]], 2), tail)
-                tail = _each(tail, lambda x: x[:, :, room:].clone())
-            state = State(head, rows, tail, blocks, length)
+            # a long prompt is not copied: blocks are packed from where it lies
+            tail = _each(state.tail, lambda x, y: torch.cat([x, y], 2) if before else y, new)
+            head = _each(state.head, lambda x, y: torch.cat([x, y[:, :, :room]], 2), tail) if room else state.head
+            tail = _each(tail, lambda x: x[:, :, room:].detach())
+            state = State(head, state.rows, tail, state.blocks, state.length + new[0].shape[2])
             if not self.record_past:
                 state = self._trimmed(state, self._reach)
-            count = (state.tail[0].shape[2] - self.window) // self.stores[0].block
-            if count <= 0:
-                return state
-            cut = count * self.stores[0].block
-            packed = [store.pack(x[:, :, :cut]) for store, x in zip(self.stores, state.tail, strict=True)]
-            grown = tuple(
-                (self.stores[0].append(row[0], packed[0][i]), self.stores[1].append(row[1], packed[1][i]))
-                for i, row in enumerate(state.rows)
-            )
-            rest = _each(state.tail, lambda x: x[:, :, cut:].clone())
-            return State(state.head, grown, rest, state.blocks + count, length)
+            count = max(0, (state.tail[0].shape[2] - self.window) // block)
+            rows = state.rows
+            if count:
+                packed = [s.pack(x[:, :, : count * block]) for s, x in zip(self.stores, state.tail, strict=True)]
+                rows = tuple(
+                    (self.stores[0].append(row[0], packed[0][i]), self.stores[1].append(row[1], packed[1][i]))
+                    for i, row in enumerate(rows)
+                )
+            if count or room or not before:  # the newest tokens alone, not what they are a part of
+                state = state._replace(tail=_each(state.tail, lambda x: x[:, :, count * block :].clone()))
+            return state._replace(rows=rows, blocks=state.blocks + count)
 
     def _trimmed(self, state: State, reach: int) -> State:
         """Without the tokens that no later query attends to; whole blocks, or the oldest of the newest tokens."""

@@ -154,7 +154,7 @@ def executorch_method(path: str | os.PathLike[str]) -> Callable[..., list[Tensor
 
 
 class XnnpackForms(Forms):
-    """What `expand` shall make of a program for XNNPACK: 8-bit codes with one scale per tensor, in PT2E's operators.
+    """What `expand` shall make of a program for XNNPACK: 8-bit codes with one scale, in PT2E's operators.
 
     Codes of fewer bits and per-channel activations are arithmetic, and the weights that they meet are float: the
     runtime would compute them from integers in every run.
@@ -164,8 +164,6 @@ class XnnpackForms(Forms):
     signed = True  # XNNPACK has no other activations
 
     def __init__(self, program: ExportedProgram) -> None:
-        import torch.ao.quantization.fx._decomposed  # noqa: F401  # registers the operators
-
         super().__init__(program, opset=0)
         self.sites |= {site: "float" for (site, _), form in self.forms.items() if not self._integer(form)}
         kept = {str(node.args[0]) for node in calls(program, DEQUANTIZE) if self.weight(node) is not None}

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import UnsupportedInput
-from dqa_plugins.export.frozen import FrozenPredictor
 from dqa_plugins.export.program import as_inputs, make_program
 from dqa_plugins.operators import DEQUANTIZE, FAKE_QUANTIZE, MODULE, modules_as_nodes
 
 from .eligible import LAYERS, Eligible
 from .facts import tensors
 from .layers import Int8Conv2d, Int8Layer, Int8Linear
-from .qparams import Regression
 from .quantizer import Int8Quantizer
 from .report import META, LayerReport
 
@@ -159,8 +157,6 @@ class _Lowering(Eligible):
         key = str(node.args[1])
         path = f"module_{list(self.modules).index(key)}"
         module: Any = self.modules[key]
-        if isinstance(module, FrozenPredictor) and not module.get_buffer("centres").shape[0]:
-            module = Regression(module)
         self.model.add_submodule(path, module)
         with self.graph.inserting_before(node):
             called = self.graph.call_module(path, tuple(node.args[0]))

@@ -8,15 +8,12 @@ that makes its grid in another way keeps the torch operations.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dqa_plugins.export.frozen import FrozenPredictor
 from dqa_plugins.grid import Grid
-from dqa_plugins.qpp.features import SCALE, SUMMARY_FEATURES
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.ranges import extents, qparams_of, valid
 
@@ -175,39 +172,3 @@ class SampleGrids:
             ends = {"magnitude": max(-least, most), "positive": max(most, 0.0), "upper": most, "lower": -least}
             rows.append([ends.get(extent.of, 0.0) for extent in self.wanted])
         return np.array(rows, np.float32)
-
-
-class Regression(nn.Module):
-    """A fitted predictor without radial basis functions, in numpy: one product for each forward.
-
-    Args:
-        predictor: whose buffers it takes.
-    """
-
-    def __init__(self, predictor: FrozenPredictor) -> None:
-        super().__init__()
-        self.mode, self.groups = predictor.mode, predictor.groups
-        for name in ("weight", "bias", "logarithmic", "low", "high"):
-            self.register_buffer(name, getattr(predictor, name))
-        self._arrays: Any = None
-        self.register_load_state_dict_post_hook(Regression._forget)
-
-    def _forget(self, _: Any) -> None:
-        self._arrays = None
-
-    @torch.no_grad()
-    def forward(self, features: Tensor, *summaries: Tensor) -> Tensor:
-        """As `qpp.predictor.Predictor.forward`."""
-        if self._arrays is None:
-            self._arrays = tuple(buffer.detach().numpy().copy() for buffer in self.buffers())
-        weight, bias, logarithmic, low, high = self._arrays
-        known = features.numpy()
-        if summaries:
-            earlier = [summary[:, :SUMMARY_FEATURES].numpy() for summary in summaries[:-1]]
-            known = np.concatenate([known, *earlier, summaries[-1].numpy()], 1)
-        value = (known[:, None] * weight.T).sum(-1) + bias  # a matrix product would round by the batch size
-        if self.mode == "extended":
-            scale = np.exp(known[:, SCALE : SCALE + 1])
-            value = np.where(logarithmic, np.exp(np.clip(value, -80.0, 80.0)), value * scale)
-        value = np.minimum(np.maximum(value, low), high).astype(np.float32)
-        return torch.from_numpy(value.reshape(len(value), -1, self.groups))

@@ -100,8 +100,7 @@ def by_sample(method: Any) -> Int8Quantizer:
     """A quantizer of dynamic or predicted qparams, in front of a convolution."""
     quantizer = ActivationQuantizer(method, name="site")
     quantizer(torch.rand(4, 64, 8, 8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # predictions are given, no regression is fitted
+    with warnings.catch_warnings(record=True):  # that it is static: predictions are given, no regression is fitted
         quantizer.freeze()
     return Int8Quantizer("site", quantizer, channels_last=True)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import importlib.util
 import json
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, 
 
 from dqa_plugins import DQA, Direct, Method
 from dqa_plugins.adapters.fx import get_qconfig_mapping
-from dqa_plugins.export import onnxruntime_session, to_executorch, to_onnx, to_openvino
+from dqa_plugins.export import exact_divisions, onnxruntime_session, to_executorch, to_onnx, to_openvino
 from dqa_plugins.export.executorch import executorch_method
 from dqa_plugins.export.openvino import F32
 from examples.benchmarks.machine import machine
@@ -165,7 +166,7 @@ def openvino_method(path: Path) -> Run:
     import openvino
 
     options = {**F32, "INFERENCE_NUM_THREADS": "1"}
-    compiled = openvino.compile_model(str(path), "CPU", options)
+    compiled = openvino.compile_model(exact_divisions(openvino.Core().read_model(path)), "CPU", options)
     return lambda *xs: [torch.from_numpy(compiled([x.numpy() for x in xs])[0].copy())]
 
 
@@ -277,7 +278,7 @@ def main() -> None:
         for backend in arguments.backends:
             if importlib.util.find_spec(backend) is None:
                 continue
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
                 rows = compared(model, x, backend, Path(folder))
             results["networks"].setdefault(name, {})[backend] = rows
             for variant, row in rows.items():
