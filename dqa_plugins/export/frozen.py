@@ -38,8 +38,6 @@ class FrozenPredictor(nn.Module):
         found = as_node(self, (features, *summaries), (self.sides, self.groups), torch.float32)
         return found if found is not None else Predictor.forward(self, features, *summaries)  # type: ignore[arg-type]
 
-    _by_kernel = Predictor._by_kernel  # outside of tracing, where the runtime runs it
-
 
 class FrozenQuantizer(nn.Module):
     """A frozen quantizer for tensors of known ranks, ending in our fake_quantize operator.

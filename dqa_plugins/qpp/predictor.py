@@ -114,7 +114,7 @@ class Predictor(StateModule):
         earlier = [summary[:, :SUMMARY_FEATURES] for summary in summaries[:-1]]
         known = torch.cat([features, *earlier, *summaries[-1:]], 1) if summaries else features
         if eager.usable(known, (torch.float64,)):
-            return self._by_kernel(known)
+            return _by_kernel(self, known)
         # a sum, not a matrix product: its rounding would depend on the batch size
         linear = sum_of(known.unsqueeze(1) * self.weight.t()) + self.bias
         if self.centres.shape[0]:
@@ -126,19 +126,6 @@ class Predictor(StateModule):
             value = torch.where(self.logarithmic, linear.clamp(-80.0, 80.0).exp(), linear * scale)
         value = torch.minimum(torch.maximum(value, self.low), self.high)
         return value.unflatten(1, (-1, self.groups)).float()
-
-    def _by_kernel(self, known: Tensor) -> Tensor:
-        """The same in one loop: its sums add up in another order, which float32 does not see."""
-        from dqa_plugins.kernels.predict import regress
-
-        buffers = [self._buffers[name] for name in _READ]
-        held = _arrays.get(self)
-        if held is None or any(map(operator.is_not, held[0], buffers)):  # arrays see what is written into buffers
-            held = _arrays[self] = buffers, [b.contiguous().numpy() for b in buffers]  # type: ignore[union-attr]
-        logarithms = PAPER_FEATURES + SLOPES if self.mode == "extended" else 0
-        out = np.empty((len(known), held[1][1].size), np.float32)
-        regress(known.detach().numpy(), *held[1], logarithms, SCALE if logarithms else 0, out)
-        return torch.from_numpy(out.reshape(len(out), -1, self.groups))
 
     def extents(self, site: Site, x: Tensor, prediction: Tensor | None) -> Tensor:
         """See `QParamsSource`; without a prediction, made from what the running session holds."""
@@ -289,3 +276,17 @@ class Predictor(StateModule):
         self.site, self.history, self.groups = state["site"], tuple(state["history"]), state["groups"]
         self.reason, self.own.signed = state["reason"], state["signed"]
         self.summary.axis = self.own.axis = state["axis"]
+
+
+def _by_kernel(predictor: Any, known: Tensor) -> Tensor:
+    """`Predictor.forward` in one loop: its sums add up in another order, which float32 does not see."""
+    from dqa_plugins.kernels.predict import regress
+
+    buffers = [getattr(predictor, name) for name in _READ]
+    held = _arrays.get(predictor)
+    if held is None or any(map(operator.is_not, held[0], buffers)):  # arrays see what is written into buffers
+        held = _arrays[predictor] = buffers, [b.contiguous().numpy() for b in buffers]
+    logarithms = PAPER_FEATURES + SLOPES if predictor.mode == "extended" else 0
+    out = np.empty((len(known), held[1][1].size), np.float32)
+    regress(known.detach().numpy(), *held[1], logarithms, SCALE if logarithms else 0, out)
+    return torch.from_numpy(out.reshape(len(out), -1, predictor.groups))
