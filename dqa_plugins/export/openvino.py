@@ -44,31 +44,25 @@ def exact_divisions(model: Any) -> Any:
     Args:
         model: openvino.Model.
     """
-    for node in model.get_ops():
-        # only what a quantizer rounds: behind reductions (means, features) OpenVINO's division is wrong, in silence
-        if node.get_type_name() == "Divide" and _is_rounded(node) and not _is_reduced(node.input_value(0).get_node()):
+    rounded = [node for node in model.get_ops() if node.get_type_name() == "Divide" and _is_rounded(node)]
+    steps = [step for node in rounded for step in _divisions_behind(node.input_value(1).get_node())]
+    # of what is rounded, and of its step; elsewhere behind reductions (means, features) OpenVINO's division is wrong
+    for node in (*rounded, *steps):
+        if "Reduce" not in node.input_value(0).get_node().get_type_name():
             node.get_rt_info()["nonconvertable_divide_0"] = ""  # what ov::disable_divide_conversion sets in C++
     return model
-
-
-_HANDED_ON = (
-    "Multiply Negative Add Subtract Squeeze Unsqueeze Reshape Convert Abs Maximum Minimum Clamp Relu Select "
-    "Concat Gather Slice StridedSlice Transpose Broadcast"
-).split()
 
 
 def _is_rounded(node: Any) -> bool:
     return any(reader.get_node().get_type_name() == "Round" for reader in node.output(0).get_target_inputs())
 
 
-def _is_reduced(node: Any, hops: int = 4) -> bool:
-    """Whether a reduction is a few operations before, with nothing between them but arithmetic and other views."""
-    kind = node.get_type_name()
-    if kind.startswith("Reduce") or kind == "TopK":
-        return True
-    if hops == 0 or kind not in _HANDED_ON:
-        return False
-    return any(_is_reduced(value.get_node(), hops - 1) for value in node.input_values())
+def _divisions_behind(node: Any, hops: int = 4) -> list[Any]:
+    """The first divisions that a step comes from."""
+    if node.get_type_name() == "Divide":
+        return [node]
+    values = node.input_values() if hops else []
+    return [found for value in values for found in _divisions_behind(value.get_node(), hops - 1)]
 
 
 def read_onnx(file: Path) -> Any:
