@@ -110,7 +110,8 @@ def foreign_tensors(case: ForeignCase) -> None:
         dense = case.x.dense()
     except (RuntimeError, NotImplementedError, TypeError, IndexError):
         reject()  # torch cannot make it
-    method = case.method.replace(channel_axis=None, qparams="static" if case.state == "qat" else case.method.qparams)
+    static = {"qparams": "static", "scope": "sample"} if case.state == "qat" else {}
+    method = case.method.replace(channel_axis=None, **static)
     if case.x.layout == "meta" and method.source == "predicted":
         reject()  # a regression lives on one device, as a Linear does
     if case.state == "qat":
