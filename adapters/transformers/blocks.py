@@ -135,4 +135,5 @@ def run(work: Sequence[Callable[[], None]]) -> None:
 
 
 def blocks_in(b: Segment | PackedActivation) -> int:
+    """Blocks of tokens that a segment or a frame holds."""
     return b.blocks if isinstance(b, Segment) else 1

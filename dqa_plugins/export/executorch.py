@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +22,9 @@ from .file import ExportedFile, in_one_sentence, move, target
 from .frozen import sites
 from .program import make_program
 from .qdq import Forms, QDQForm
+from .quiet import quiet
 
 BACKENDS = ("xnnpack", "portable")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Lowering logs and prints what it partitions; errors still raise."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def require_executorch() -> None:
@@ -49,7 +34,7 @@ def require_executorch() -> None:
         MissingDependency: executorch is not installed.
     """
     try:
-        with _quiet():
+        with quiet():
             import executorch.exir  # noqa: F401
     except ImportError as error:
         raise missing("executorch", "executorch", "to_executorch") from error
@@ -120,7 +105,7 @@ def write_pte(program: ExportedProgram, path: Path, backend: str) -> Path:
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     try:
-        with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix=".pte-", dir=path.parent) as folder:
+        with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix=".pte-", dir=path.parent) as folder:
             partitioners = []
             if backend == "xnnpack":
                 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +22,10 @@ from .file import ExportedFile, in_one_sentence, move, target
 from .frozen import sites
 from .program import make_program
 from .qdq import Forms
+from .quiet import quiet
 
 # below 18 the exporter writes 18 in silence; 26 is the newest that it converts to and that ONNX Runtime 1.31 reads
 MIN_OPSET, MAX_OPSET = 18, 26
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints progress and logs what it did not need; errors still raise."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _require_onnxscript() -> None:
@@ -138,7 +122,7 @@ def write_onnx(
     """
     _require_onnxscript()
     try:
-        with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
+        with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
             exported: Any = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
             if exported.model.opset_imports[""] != opset:
                 raise ExportFailed(f"the model cannot be written as opset {opset}; 18 is what torch's exporter writes")

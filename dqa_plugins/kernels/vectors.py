@@ -56,6 +56,8 @@ def lowest_bit(typing_context: Any, mask: Any) -> Any:
 
 @intrinsic
 def count_bits(typing_context: Any, mask: Any) -> Any:
+    """int64, the bits that are set in a uint64."""
+
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
 

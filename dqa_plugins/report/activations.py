@@ -21,14 +21,14 @@ from dqa_plugins.sites import iter_quantizers
 
 from .measured import Histogram, SiteReport
 from .page import write_page
-from .tables import Table, described
+from .tables import Table, Tabled, described
 
 BINS = 64
 SATURATED = 0.1  # share of values beyond the code range from which a warning is due
 
 
 @dataclass(frozen=True)
-class ActivationReport:
+class ActivationReport(Tabled):
     """All sites of a model."""
 
     sites: list[SiteReport]
@@ -72,13 +72,6 @@ class ActivationReport:
     def __str__(self) -> str:
         title, *rows = str(self.table()).split("\n")
         return "\n".join([*rows, title]) if self.sites else "no quantized activation"
-
-    def __rich__(self) -> Any:
-        """A rich table: `rich.print(report)` calls this."""
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table().to_html()
 
     def write_html(self, path: str | os.PathLike[str], *, sensitivity: dict[str, float] | None = None) -> Path:
         """Write one self-contained page: sortable tables, per site the histogram with its grid.

@@ -17,7 +17,7 @@ from dqa_plugins.progress import Progress
 from dqa_plugins.sites import iter_quantizers
 
 from .activations import activation_report
-from .tables import Table
+from .tables import Table, Tabled
 
 Methods = Method | Mapping[str, Method | None]
 Evaluate = Callable[[nn.Module], float]
@@ -47,7 +47,7 @@ class MethodRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabled):
     """Rows in the order of the methods given, the float network first."""
 
     rows: tuple[MethodRow, ...]
@@ -79,16 +79,6 @@ class Comparison:
         ]
         columns = ("method", "score", "bits", "sites", "seconds to quantize", "time of evaluation over float's")
         return Table(f"{sum(r.name != 'float' for r in self.rows)} methods", columns, rows)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        """A rich table: `rich.print(comparison)` calls this."""
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table().to_html()
 
 
 def compare_methods(

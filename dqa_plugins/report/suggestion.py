@@ -21,7 +21,7 @@ from dqa_plugins.sites import iter_quantizers
 from .activations import activation_report
 from .comparison import Evaluate, read_once, scored
 from .placement import placement_report
-from .tables import Table, described
+from .tables import Table, Tabled, described
 
 CANDIDATES: tuple[Method, ...] = (
     *(Direct(bits=bits, granularity="channel") for bits in (2, 3, 4, 6)),
@@ -53,7 +53,7 @@ class SiteChoice:
 
 
 @dataclass(frozen=True)
-class Suggestion(Mapping[str, Method]):
+class Suggestion(Tabled, Mapping[str, Method]):
     """{site: method}: `quantize_model` takes it where it takes a method.
 
     Attributes:
@@ -99,16 +99,6 @@ class Suggestion(Mapping[str, Method]):
             "" if self.holds else "; the allowed drop is NOT held"
         )
         return Table(title, ("site", "method", "values", "bits", "error alone", "error of the worst candidate"), rows)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        """A rich table: `rich.print(suggestion)` calls this."""
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table().to_html()
 
 
 def suggest(

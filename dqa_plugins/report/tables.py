@@ -41,6 +41,24 @@ class Table:
         return f"<table><caption>{html.escape(self.title)}</caption><tr>{head}</tr>{body}</table>"
 
 
+class Tabled:
+    """A report that prints as its table: as text, by rich, and in notebooks."""
+
+    def table(self) -> Table:
+        """What it prints as."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        """A rich table: `rich.print(report)` calls this."""
+        return self.table().__rich__()
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
+
+
 def described(method: Method) -> str:
     """A method with its bits and the fields that are no defaults."""
     given = [(field, getattr(method, field.name)) for field in fields(method)]
