@@ -28,7 +28,7 @@ from dqa_plugins.host.placement import Group, Placement, Site, judge
 from dqa_plugins.host.quantize import methods_by_name
 from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.sites import keep_summary
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.sites import iter_quantizers
 
 from .config import get_act_quant

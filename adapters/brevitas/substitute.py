@@ -11,7 +11,8 @@ from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from torch import nn
 
 from dqa_plugins.errors import DQAWarning, InvalidMethod, UnsupportedCombination
-from dqa_plugins.methods import Method, check_method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import check_method
 
 from .config import get_act_quant
 from .fields import require_supported

@@ -17,7 +17,8 @@ from torch.ao.quantization import (
 
 from dqa_plugins.errors import InvalidMethod, NotAMethod
 from dqa_plugins.host.skip import check_skip
-from dqa_plugins.methods import DQA, DenseSparse, Direct, Method, NoisyQuant, check_method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import DQA, DenseSparse, Direct, NoisyQuant, check_method
 from dqa_plugins.prediction import QPP
 
 from .observer import FXObserver

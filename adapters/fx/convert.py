@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from dqa_plugins.host.quantize import calibration_calls, run_calibration, split_methods
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 
 from .config import get_qconfig, get_qconfig_mapping
 

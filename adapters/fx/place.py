@@ -29,7 +29,7 @@ from dqa_plugins.host.quantize import require_float
 from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.sites import Summary, keep_summary, summaries
 from dqa_plugins.host.skip import resolve_skip
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 

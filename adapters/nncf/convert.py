@@ -22,7 +22,7 @@ from torch import nn
 
 from dqa_plugins.errors import DQAWarning, InvalidMethod, UncalibratedQuantizer, UnsupportedInput
 from dqa_plugins.host.quantize import calibration_calls, require_float, split_methods
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.qpp import link
 from dqa_plugins.report.placement import PlacementReport, report_of
 

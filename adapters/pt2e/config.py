@@ -18,7 +18,8 @@ from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site
 from dqa_plugins.host.quantize import require_float
 from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.skip import check_skip, resolve_skip, within
-from dqa_plugins.methods import Method, check_method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import check_method
 
 from .host import (
     ANNOTATION,

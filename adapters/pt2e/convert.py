@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from dqa_plugins.batches import Call
 from dqa_plugins.host.quantize import calibration_calls, run_calibration, split_methods
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 
 from .config import PluginQuantizer
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dqa_plugins.kernels import threads
 from dqa_plugins.storage.coder import engine
 from dqa_plugins.storage.coder.segments import BlockCoder, Segment, appended, part
 from dqa_plugins.storage.format.data import cut
@@ -131,7 +132,7 @@ class BlockStore:
 
 def run(work: Sequence[Callable[[], None]]) -> None:
     """Do pieces of work, several at a time."""
-    engine.share(lambda i: work[i](), len(work), engine.get_threads())
+    threads.share(lambda i: work[i](), len(work), engine.get_threads())
 
 
 def blocks_in(b: Segment | PackedActivation) -> int:

@@ -28,7 +28,8 @@ from torch.fx import GraphModule, Node
 from ...errors import InvalidMethod, UncalibratedQuantizer
 from ...graph.fx import TensorFacts, follow_in_place, operation_name
 from ...graph.record import record_shapes
-from ...methods import Method, check_method
+from ...method import Method
+from ...methods import check_method
 from ...quantizer import ActivationQuantizer
 from ..format.codebook import check_coding
 from ..format.errors import NothingToStore, NotPackable
