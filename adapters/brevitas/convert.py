@@ -45,7 +45,7 @@ def quantize_model(
 
     Raises:
         UnsupportedInput: torch.fx cannot trace the model, or it is quantized already.
-        NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
+        NotAMethod, InvalidArgument, UnsupportedCombination, UncalibratedQuantizer.
     """
     require_float(model, "quantize_model")
     calls, example = calibration_calls(model, calibration, inputs, example_inputs)

@@ -35,7 +35,7 @@ def quantize_model(
         inputs: a function item -> inputs, where those are not clear.
 
     Raises:
-        NotAMethod, InvalidMethod, UncalibratedQuantizer.
+        NotAMethod, InvalidArgument, UncalibratedQuantizer.
         UnsupportedInput: the model is quantized already.
     """
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx

@@ -301,7 +301,7 @@ def layers_to_skip(model: GraphModule, skip: tuple[str, ...]) -> list[str]:
     """Module names of "first", "last" and plain names, in a fused model.
 
     Raises:
-        InvalidMethod: a name is no module of the model.
+        InvalidArgument: a name is no module of the model.
     """
     layers = [
         str(node.target)

@@ -41,7 +41,7 @@ def quantize_model(
         inputs: a function item -> inputs, where those are not clear.
 
     Raises:
-        NotAMethod, InvalidMethod, UncalibratedQuantizer.
+        NotAMethod, InvalidArgument, UncalibratedQuantizer.
         UnsupportedInput: the model is quantized already.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e

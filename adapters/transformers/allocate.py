@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqa_plugins.errors import InvalidMethod
+from dqa_plugins.errors import InvalidArgument
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.rounding import power_of_two
 from dqa_plugins.storage.coder.histograms import entropy_bits
@@ -45,7 +45,7 @@ def allocate_steps(
         block: tokens of a block.
 
     Raises:
-        InvalidMethod: the target cannot be met.
+        InvalidArgument: the target cannot be met.
     """
     # a channel that the text never moved has no gradient, and no reason for a step either
     roots = [s.clamp(min=float(s.mean()) * 1e-6 + 1e-30).sqrt() for s in sensitivities]
@@ -69,7 +69,7 @@ def allocate_steps(
             break
         beyond = measured - estimate(high)
     if best is None or miss > 0.1 * target:
-        raise InvalidMethod(f"target_bits={target}: the nearest that steps can come is {miss:.2f} bits off.")
+        raise InvalidArgument(f"target_bits={target}: the nearest that steps can come is {miss:.2f} bits off.")
     return best
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dqa_plugins.batches import Call, ItemReader
-from dqa_plugins.errors import InvalidMethod, NonFiniteInput, UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.errors import InvalidArgument, NonFiniteInput, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.method import Method
 from dqa_plugins.methods import DQA, check_method
+from dqa_plugins.options import Coding, check_option
 from dqa_plugins.quantizer import ActivationQuantizer
-from dqa_plugins.storage.format.codebook import check_coding
+from dqa_plugins.storage.format.layout import CODINGS
 from dqa_plugins.storage.tables import build_codebook, calibrate_tables
 
 from .allocate import allocate_steps
@@ -86,7 +87,7 @@ def calibrate_cache(
     method: Method | None = None,
     target_bits: float | None = None,
     *,
-    coding: str = "joint",
+    coding: Coding = "joint",
     window: int = 128,
     block: int = 64,
     first: int = 4,
@@ -106,12 +107,13 @@ def calibrate_cache(
         inputs: a function from a batch to the inputs, as everywhere.
 
     Raises:
-        NotAMethod, InvalidMethod, UnknownCoding: an argument is out of range.
+        NotAMethod, InvalidArgument: an argument is out of range.
         UnsupportedCombination: a layer, or a method, that is not packed.
         UncalibratedQuantizer: no tokens. NonFiniteInput: NaN or Inf in keys, values or gradients.
     """
     method = check_method(method or DQA(bits=4, granularity="channel"), "calibrate_cache")
-    _check(method, target_bits, check_coding(coding))
+    check_option("calibrate_cache", "coding", coding, CODINGS)
+    _check(method, target_bits, coding)
     calls = ItemReader(model, "calibrate_cache", inputs=inputs).items(batches)
     layers = decide(observe(model, calls, target_bits is not None, first), method, target_bits, coding, block)
     sliding = tuple(sliding_windows(model.config))
@@ -119,7 +121,7 @@ def calibrate_cache(
 
 
 def decide(
-    records: Sequence[Sequence[Record]], method: Method, target_bits: float | None, coding: str, block: int
+    records: Sequence[Sequence[Record]], method: Method, target_bits: float | None, coding: Coding, block: int
 ) -> tuple[tuple[TensorSettings, TensorSettings], ...]:
     """The (keys, values) of each layer, from what `observe` kept of them."""
     flat = [record for pair in records for record in pair]
@@ -136,7 +138,7 @@ def decide(
     return tuple(zip(tensors[::2], tensors[1::2], strict=True))
 
 
-def _check(method: Method, target_bits: float | None, coding: str) -> None:
+def _check(method: Method, target_bits: float | None, coding: Coding) -> None:
     if method.source == "predicted" or method.target_density or coding == "auto":
         raise UnsupportedCombination(
             f"a packed cache takes static or dynamic methods without values kept in float, and a coding that is not "
@@ -145,7 +147,7 @@ def _check(method: Method, target_bits: float | None, coding: str) -> None:
     if target_bits is None:
         return
     if isinstance(target_bits, bool) or not isinstance(target_bits, int | float) or not 0.5 <= target_bits <= 8:
-        raise InvalidMethod(f"target_bits={target_bits!r}: a number of bits per value from 0.5 to 8.")
+        raise InvalidArgument(f"target_bits={target_bits!r}: a number of bits per value from 0.5 to 8.")
     if method.source != "static" or method.granularity != "channel" or method.uses_range or coding != "joint":
         raise UnsupportedCombination(
             "target_bits sets a step for each channel: it takes a static method with granularity='channel' and a "

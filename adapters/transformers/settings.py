@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dqa_plugins.errors import InvalidMethod, StateMismatch
+from dqa_plugins.errors import InvalidArgument, StateMismatch
 from dqa_plugins.methods import method_from_dict, method_to_dict
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.storage.coder.engine import KernelPlan
@@ -75,7 +75,7 @@ class CacheSettings:
         first: first tokens that stay float (attention sinks: Xiao et al., 2024).
 
     Raises:
-        InvalidMethod: window, block or first is out of range.
+        InvalidArgument: window, block or first is out of range.
     """
 
     model: Mapping[str, str]
@@ -89,7 +89,7 @@ class CacheSettings:
         for name, low in (("window", 0), ("block", 1), ("first", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= 2**20:
-                raise InvalidMethod(f"{name}={value!r}: a number of tokens from {low} to {2**20}.")
+                raise InvalidArgument(f"{name}={value!r}: a number of tokens from {low} to {2**20}.")
 
     def replace(self, **fields: Any) -> CacheSettings:
         """A copy with another window, block or first."""

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqa_plugins import DQA, QPP, DenseSparse, Direct, iter_quantizers
-from dqa_plugins.errors import DQAError, ExportFailed, InvalidMethod, NotAMethod, UncalibratedQuantizer
+from dqa_plugins.errors import DQAError, ExportFailed, InvalidMethod, NotAMethod, UncalibratedQuantizer, InvalidArgument
 from dqa_plugins.storage import (
     CorruptFrame,
     NothingToStore,
     NotPackable,
     TraceFailed,
-    UnknownCoding,
     convert_stored,
     prepare_stored,
     storage_bound,
@@ -410,7 +409,7 @@ def test_errors_name_the_cause() -> None:
     with pytest.raises(UncalibratedQuantizer, match="'relu'"):
         convert_stored(prepared)
     prepared(x)
-    with pytest.raises(UnknownCoding):
+    with pytest.raises(InvalidArgument):
         convert_stored(prepared, "zip")
     with pytest.raises(NothingToStore):
         convert_stored(model)  # type: ignore[arg-type]
