@@ -85,7 +85,8 @@ class QuantizerParameters(StateModule):
                 low, high = float(step.min()), float(step.max())
                 found.append(f"step={low:.4g}" if low == high else f"step={low:.4g}..{high:.4g}")
             if self.extra_bits.numel() and not self.extra_bits.is_meta:
-                found.append(f"extra_bits>0 on {int((self.extra_bits > 0).sum())} of {self.extra_bits.numel()} channels")
+                important = int((self.extra_bits > 0).sum())
+                found.append(f"extra_bits>0 on {important} of {self.extra_bits.numel()} channels")
         return ", ".join(found)
 
     @property

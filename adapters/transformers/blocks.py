@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dqa_plugins.kernels import threads
-from dqa_plugins.storage.coder import engine
 from dqa_plugins.storage.coder.segments import BlockCoder, Segment, appended, part
 from dqa_plugins.storage.format.data import cut
 from dqa_plugins.storage.packed import PackedActivation
@@ -128,11 +126,6 @@ class BlockStore:
             cut(frame)
             blocks = self.append(blocks, (frame,))
         return blocks
-
-
-def run(work: Sequence[Callable[[], None]]) -> None:
-    """Do pieces of work, several at a time."""
-    threads.share(lambda i: work[i](), len(work), engine.get_threads())
 
 
 def blocks_in(b: Segment | PackedActivation) -> int:

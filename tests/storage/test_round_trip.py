@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant
-from dqa_plugins.errors import ChannelMismatch, NonFiniteInput, UncalibratedQuantizer, InvalidArgument
+from dqa_plugins.errors import ChannelMismatch, InvalidArgument, NonFiniteInput, UncalibratedQuantizer
 from dqa_plugins.storage import (
     NotPackable,
     PackedActivation,

@@ -22,7 +22,7 @@ from dqa_plugins.adapters.transformers.calibrate import Record
 from dqa_plugins.errors import (
     ChannelMismatch,
     DQAError,
-    InvalidMethod,
+    InvalidArgument,
     MissingDependency,
     NonFiniteInput,
     StateMismatch,
@@ -428,9 +428,9 @@ def test_calibration_leaves_the_model_alone() -> None:
 
 def test_what_calibration_refuses() -> None:
     llama = model("llama")
-    with pytest.raises(InvalidMethod, match=r"target_bits=0\.1"):
+    with pytest.raises(InvalidArgument, match=r"target_bits=0\.1"):
         calibrate_cache(llama, [text(60)], target_bits=0.1)
-    with pytest.raises(InvalidMethod, match=r"window=-1:"):
+    with pytest.raises(InvalidArgument, match=r"window=-1:"):
         calibrate_cache(llama, [text(60)], window=-1)
     with pytest.raises(UnsupportedCombination, match=r"granularity='channel'"):
         calibrate_cache(llama, [text(60)], DQA(bits=4), target_bits=3.0)
