@@ -277,26 +277,34 @@ def extremes(x: Tensor, axis: int | None) -> Extremes:
     return Extremes(low, high, flags == 0, flags > 1)
 
 
-def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> Tensor | None:
-    """Exact order statistics, without a sort.
+@lru_cache(4096)
+def _positions(wanted: tuple[tuple[str, float], ...], size: int) -> tuple[np.int32, Array, Array, Array]:
+    """What `observe.select` takes: mask, ranks, shares and kinds."""
+    places = [min(max(level, 0.0), 1.0) * (size - 1) for _, level in wanted]
+    ranks = [math.floor(place) for place in places]
+    kinds = [{"positive": 1, "lower": -1}.get(of, 0) for of, _ in wanted]
+    shares = np.array([place - rank for place, rank in zip(places, ranks, strict=True)], np.float32)
+    mask = np.int32(0x7FFFFFFF if wanted[0][0] == "magnitude" else -1)
+    return mask, np.array(ranks, np.int64), shares, np.array(kinds, np.int64)
+
+
+def order_statistics(rows: Tensor, wanted: tuple[tuple[str, float], ...]) -> Tensor | None:
+    """Exact quantiles by linear interpolation, without a sort.
 
     Args:
         rows: (R, N) float32; a row has no gaps, or is copied.
-        ranks: ascending from 0.
-        magnitude: of |x|, not of x.
+        wanted: extents (of, level), see `method.Extent`: all of magnitudes, or none.
 
     Returns:
-        (R, ranks, 2) float32: the value at each rank and the next one (the last one if there is none); None: a value
-        is NaN.
+        (R, wanted) float32; None: a value is NaN.
     """
     from .observe import select
 
     rows = rows.detach().contiguous()
     count, size = rows.shape
-    found = np.empty((count, len(ranks), 2), np.int32)
-    mask = np.int32(0x7FFFFFFF if magnitude else -1)
-    nan = _run(select, (flat(rows).view(np.int32), size, mask, np.array(ranks, np.int64), found), count, size)
-    return None if any(nan) else torch.from_numpy(found.view(np.float32))
+    found = np.empty((count, len(wanted)), np.float32)
+    nan = _run(select, (flat(rows).view(np.int32), size, *_positions(wanted, size), found), count, size)
+    return None if any(nan) else torch.from_numpy(found)
 
 
 def sums(x: Tensor, axis: int | None, lower: Tensor, upper: Tensor) -> Tensor:
