@@ -12,10 +12,10 @@ Requirements this file meets:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from .compiling import kernel
-from .vectors import LANES, quantize_full, quantize_plain
+from .vectors import LANES, quantize_full, quantize_plain, values_at
 
 # rows of a table of parameters, (ROWS, M) float32
 STEP, DIVISOR, LOW, HIGH, ZERO_POINT, BIAS, LOWER, UPPER = range(8)
@@ -92,17 +92,18 @@ def _each(x, out, begin, size, table, at, full):  # type: ignore[no-untyped-def]
 
 @kernel(error_model="numpy")
 def fake_quantize(x, out, table, inner, free, count, along, full, begin, end):  # type: ignore[no-untyped-def]
-    """out[begin:end] = the quantized values of x[begin:end].
+    """Values begin to end of `out` = the quantized ones of x.
 
     Memory is rows of `inner` values. If not `along`, row r has the parameters (r // (free * count)) * count + r % count
     of the table; else its values have those from (r // free) * inner on, one each.
 
     Args:
-        x: (N,) float32 in the order of memory.
-        out: (N,) float32, written; another array than x.
+        x: address of float32 values in the order of memory.
+        out: address of as many, written; other memory than that of x.
         table: (ROWS, M) float32.
         full: whether zero point, bias or the kept range are used.
     """
+    x, out = carray(values_at(x, np.float32), end), carray(values_at(out, np.float32), end)
     if not along:
         _alike(x, out, begin, end, inner, free, count, table, full)
         return
