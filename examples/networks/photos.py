@@ -114,9 +114,7 @@ def super_resolution_pairs(names: Sequence[str], scale: int = 2) -> list[tuple[T
     return pairs
 
 
-def photo_crops(
-    per_photo: int = 16, size: int = 224, seed: int = 0, names: Sequence[str] = OBJECT_PHOTOS
-) -> Tensor:
+def photo_crops(per_photo: int = 16, size: int = 224, seed: int = 0, names: Sequence[str] = OBJECT_PHOTOS) -> Tensor:
     """Random square crops of photos, resized (bicubic, antialiased), to compare networks on.
 
     A crop has 60 % to 100 % of the shorter side. The order is shuffled, so that any slice mixes the photos.

@@ -15,7 +15,8 @@ ranked by greedy search; every run draws its own calibration subset, on which ch
     searched clip       the NoisyQuant authors' clip search alone, and with their search of noise and mean (on the
                         activation: behind a shortcut there is no linear layer), static and per sample
 
-All DQA rows of a run share one ranking per strategy, made with DQA as in the paper. At 2 bits m is 2: the paper asks for m <= n. Stored bits are measured bytes: lengths, per-sample scales and tables in.
+All DQA rows of a run share one ranking per strategy, made with DQA as in the paper. At 2 bits m is 2: the paper asks
+for m <= n. Stored bits are measured bytes: lengths, per-sample scales and tables in.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ def plot(cells: list[dict[str, Any]], report: dict[str, Any], options: common.Op
         axis.set_title(report["data"][network].replace(", ", "\n", 1), fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10)
-    figure.suptitle("Only stored shortcuts quantized (important channels of DQA: m bits more); mean ± deviation of runs")
+    figure.suptitle("Only stored shortcuts quantized (DQA: important channels have m bits more); mean ± deviation")
     common.save(figure, options, "dqa_table1")
 
 
