@@ -175,6 +175,15 @@ def kept(options: Options, name: str) -> dict[str, Any]:
     return found if found.get("setting") == setting(options) else {}
 
 
+def merged(options: Options, name: str, tasks: Iterable[Any]) -> dict[str, dict[str, str]]:
+    """`data` and `metric` of the workloads, with those that the file names already."""
+    old, listed = kept(options, name), list(tasks)
+    return {
+        "data": {**old.get("data", {}), **{task.key: task.title for task in listed}},
+        "metric": {**old.get("metric", {}), **{task.key: task.metric for task in listed}},
+    }
+
+
 def collect(
     function: Callable[..., dict[str, Any]],
     jobs: Sequence[dict[str, Any]],

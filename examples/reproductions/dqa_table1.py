@@ -258,8 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         jobs,
         options,
         "dqa_table1",
-        data={**old.get("data", {}), **{task.key: task.title for task in tasks}},
-        metric={**old.get("metric", {}), **{task.key: task.metric for task in tasks}},
+        **common.merged(options, "dqa_table1", tasks),
         fp32={**old.get("fp32", {}), **{task.key: task.scores(task.model) for task in tasks}},
     )
     cells = summarize(report["rows"])

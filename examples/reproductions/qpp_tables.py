@@ -46,6 +46,7 @@ from examples.reproductions.workloads import PATCH, Batches, Workload, workload
 STAND_INS = ("resnet32", "mobilenetv2", "espcn", "unet")
 NETWORKS = (*STAND_INS, "efficientnet_lite0", "resnet18", "resnet34", "hrnet")
 FAMILIES = ("Dense+Sparse", "standard")
+BOTH_SIDES = "Dense+Sparse, two thresholds"  # also where no value is negative: half of the outliers are the smallest
 SOURCES = ("dynamic", "static", "QPP, paper", "QPP, extended")
 FITTED = ("QPP, paper", "QPP, paper, same data", "QPP, extended", "QPP, extended, no augmentation")
 EXPOSURES = ("clean", "shifted")
@@ -70,8 +71,9 @@ def qparams_of(name: str, key: str, sites: tuple[str, ...] | None = None) -> str
 
 def method(family: str, bits: int, qparams: str | QPP, density: float = DENSITY) -> Method:
     """The method of a row; static parameters are the mean over calibration, as in the paper."""
-    if family == "Dense+Sparse":
-        return DenseSparse(bits=bits, density=density, qparams=qparams)
+    if family != "standard":
+        signed = True if family == BOTH_SIDES else None
+        return DenseSparse(bits=bits, density=density, qparams=qparams, signed=signed)
     return Direct(bits=bits, symmetric=False, reduce="mean", qparams=qparams)
 
 
@@ -159,7 +161,7 @@ def scores_of(rows: list[dict[str, Any]], network: str) -> list[dict[str, Any]]:
             **{e: {k: common.mean_std(r[e][k] for r in found) for k in found[0][e]} for e in EXPOSURES},
         }
         for (family, bits, name), found in sorted(
-            cells.items(), key=lambda c: (c[0][1], ("", *FAMILIES).index(c[0][0]), order.index(c[0][2]))
+            cells.items(), key=lambda c: (c[0][1], ("", *FAMILIES, BOTH_SIDES).index(c[0][0]), order.index(c[0][2]))
         )
     ]
 
@@ -245,7 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     keys = [options.network] if options.network else list(STAND_INS)
     tasks = [workload(key, options.data, options.weights, quick=options.quick) for key in keys]
     rows = [(family, bits, name) for bits in BITS for family in FAMILIES for name in SOURCES]
-    rows += [("Dense+Sparse", BITS[0], name) for name in FITTED if name not in SOURCES] + [("", 32, "FP32")]
+    rows += [("Dense+Sparse", BITS[0], name) for name in FITTED if name not in SOURCES]
+    rows += [(BOTH_SIDES, BITS[0], "dynamic"), ("", 32, "FP32")]
     jobs = [
         {"network": key, "family": family, "bits": bits, "source": name, "run": run}
         for run in range(options.runs)
@@ -253,14 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for family, bits, name in rows
         if options.asks_for(bits, name) and (run == 0 or name != "FP32")
     ]
-    old = common.kept(options, "qpp_tables")
     report = common.collect(
         measure,
         jobs,
         options,
         "qpp_tables",
-        data={**old.get("data", {}), **{task.key: task.title for task in tasks}},
-        metric={**old.get("metric", {}), **{task.key: task.metric for task in tasks}},
+        **common.merged(options, "qpp_tables", tasks),
     )
     for task in tasks:
         show(report, task)
