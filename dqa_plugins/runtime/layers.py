@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqa_plugins.errors import UnsupportedCombination
+from dqa_plugins.kernels import threads
 
 from .codes import Codes
 from .quantizer import Int8Quantizer, laid_out
@@ -91,6 +92,7 @@ class Int8Layer(nn.Module):
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """A form of the weight, made when it is first needed, and again after load_state_dict."""
         if key not in self._packed:
+            threads.started = True
             found = make()  # may ask for others
             with self._lock:
                 self._packed.setdefault(key, found)
