@@ -12,6 +12,7 @@ ranked by greedy search; every run draws its own calibration subset, on which ch
     |max A|             the literal one with |max(A)|, as printed, in place of max|A|
     first best          the paper's line 13: among channels of equal accuracy the first, not the lower cross-entropy
     unsigned, channel   unsigned where there is no negative value, one static scale per channel: the plain rival
+    static scale        the maximum over calibration, which the authors' searches start from
     searched clip       the NoisyQuant authors' clip search alone, and with their search of noise and mean (on the
                         activation: behind a shortcut there is no linear layer), static and per sample
 
@@ -75,6 +76,8 @@ def settings(bits: int, ratio: float) -> dict[str, Setting]:
         "DQA": Setting(dqa, "shift_error", "greedy"),
         "DQA, random channels": Setting(dqa, "shift_error", "random"),
         "DQA, first best": Setting(dqa, "shift_error", "first"),
+        "Direct, static scale": Setting(direct.replace(qparams="static")),
+        "NoisyQuant, static scale": Setting(NoisyQuant.paper(bits).replace(qparams="static")),
         "Direct, searched clip": Setting(clip),
         "NoisyQuant, searched clip": Setting(script),
         "Direct, searched clip, per sample": Setting(clip.replace(qparams="dynamic")),
