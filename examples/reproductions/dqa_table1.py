@@ -228,12 +228,16 @@ def plot(cells: list[dict[str, Any]], report: dict[str, Any], options: common.Op
         for number, name in enumerate(shown):
             found = [c for c in cells if c["network"] == network and c["method"] == name]
             x = [c["bits"] + 0.03 * (number - 4) for c in found]
-            y, spread = [c["score"].mean for c in found], [c["score"].std for c in found]
+            y = [report["fp32"][network]["score"] - c["score"].mean for c in found]
+            spread = [c["score"].std for c in found]
             axis.errorbar(x, y, spread, capsize=2, label=name, **style(name))
-        axis.axhline(report["fp32"][network]["score"], color="grey", linewidth=1, label="FP32")
+        axis.axhline(0, color="grey", linewidth=1, label="FP32")
+        axis.set_yscale("symlog", linthresh=1)  # what is lost at 2 bits would hide the rest
+        axis.set_yticks((0, 0.5, 1, 2, 5, 10, 20, 50), ("0", "0.5", "1", "2", "5", "10", "20", "50"))
+        axis.set_ylim(90, -1)
         axis.set_xticks(BITS)
         axis.set_xlabel("bits n of a code")
-        axis.set_ylabel(report["metric"][network])
+        axis.set_ylabel(f"points of {report['metric'][network].removesuffix(' %')} below FP32")
         axis.set_title(report["data"][network].replace(", ", "\n", 1), fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10)
