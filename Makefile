@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 # what `make quick` runs: the core and what rooms share; the folder of a room is run by hand (CONTRIBUTING.md)
 QUICK := tests/core tests/graph tests/host tests/qpp tests/report tests/test_structure.py tests/test_docs.py
 
-.PHONY: demo quick check results results-check test test-slow mutations torture bench clean
+.PHONY: demo quick check results results-check docs test test-slow mutations torture bench clean
 
 # torch first and pinned: on its own it would pull the CUDA build
 $(STAMP): pyproject.toml constraints.txt
@@ -43,6 +43,10 @@ results: $(STAMP)
 
 results-check: $(STAMP)
 	$(BIN)/python -m examples.results --check
+
+# out/site, from the pages and docstrings alone: nothing of ours is imported, nothing is fetched
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # under 12 minutes: before a commit is handed in
 test: $(STAMP)
