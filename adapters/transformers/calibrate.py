@@ -14,6 +14,7 @@ from dqa_plugins.batches import Call, ItemReader
 from dqa_plugins.errors import InvalidMethod, NonFiniteInput, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.method import Method
 from dqa_plugins.methods import DQA, check_method
+from dqa_plugins.progress import counted
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.storage.format.codebook import check_coding
 from dqa_plugins.storage.tables import build_codebook, calibrate_tables
@@ -170,7 +171,7 @@ def observe(model: PreTrainedModel, calls: Iterable[Call], gradients: bool, firs
     for p in trained:
         p.requires_grad_(False)
     try:
-        for call in calls:
+        for call in counted(calls, what="calibrating the cache", unit="batch"):
             cache = _Recording(gradients)
             with torch.set_grad_enabled(gradients):
                 outputs = model(*call.positional, **{**call.keywords, "past_key_values": cache, "use_cache": True})

@@ -29,6 +29,7 @@ from ...errors import InvalidMethod, UncalibratedQuantizer
 from ...graph.fx import TensorFacts, follow_in_place, operation_name
 from ...graph.record import record_shapes
 from ...methods import Method, check_method
+from ...progress import counted
 from ...quantizer import ActivationQuantizer
 from ..format.codebook import check_coding
 from ..format.errors import NothingToStore, NotPackable
@@ -235,7 +236,7 @@ def convert_stored(prepared: GraphModule, coding: str = "joint") -> GraphModule:
             model = convert_host(model)
             break
     order = {node: i for i, node in enumerate(model.graph.nodes)}
-    for node in list(model.graph.nodes):
+    for node in counted(list(model.graph.nodes), what="building tables", unit="node"):
         site = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(site, StoredSite):
             continue
