@@ -6,7 +6,7 @@ Bars go to stderr. Those that no argument turns off come after two seconds; TQDM
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ def counted(items: Iterable[Item], *, what: str, unit: str) -> Iterator[Item]:
         items: what is worked on, a step each; their number is shown where it is known.
         what, unit: see `Progress`.
     """
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     with Progress(total, True, what=what, unit=unit, delay=PATIENCE, leave=False) as bar:
         for item in items:
             yield item
