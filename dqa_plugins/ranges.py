@@ -41,9 +41,10 @@ def quantiles(x: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
         one (...) tensor per level: v_lo + (v_hi - v_lo) * fraction, at position level * (N - 1).
     """
     if x.dtype is torch.float32 and eager.usable(x):
-        by_kernel = selected(x.reshape(-1, x.shape[-1]), [Extent("upper", level) for level in levels])
+        wanted = tuple(Extent("upper", level) for level in levels)
+        by_kernel = eager.order_statistics(x.reshape(-1, x.shape[-1]), wanted)
         if by_kernel is not None:
-            return tuple(value.reshape(x.shape[:-1]) for value in by_kernel)
+            return tuple(value.reshape(x.shape[:-1]) for value in by_kernel.unbind(1))
     count = x.shape[-1]
     positions = [min(max(level, 0.0), 1.0) * (count - 1) for level in levels]
     low = [math.floor(p) for p in positions]
@@ -129,12 +130,12 @@ def _by_kernel(
             return None
         found = {extent: end for extent in wanted if (end := _end(extent, ends)) is not None}
     for magnitude in (True, False):
-        mine = [extent for extent in wanted if extent not in found and (extent.of == "magnitude") == magnitude]
+        mine = tuple(extent for extent in wanted if extent not in found and (extent.of == "magnitude") == magnitude)
         if mine:
-            values = selected(eager.by_group(x, axis), mine)
+            values = eager.order_statistics(eager.by_group(x, axis), mine)
             if values is None:
                 return None
-            found.update((e, v.reshape(len(x), -1)) for e, v in zip(mine, values, strict=True))
+            found.update(zip(mine, values.reshape(len(x), -1, len(mine)).unbind(2), strict=True))
     return tuple(found[extent] for extent in wanted)
 
 
@@ -149,21 +150,6 @@ def _end(extent: Extent, ends: eager.Extremes) -> Tensor | None:
     if extent.of == "magnitude":
         return torch.maximum(ends.high, -ends.low)
     return ends.high.clamp(min=0) if extent.of == "positive" else ends.high
-
-
-def selected(rows: Tensor, wanted: Sequence[Extent]) -> tuple[Tensor, ...] | None:
-    """Extents of (R, N) float32 rows by the kernel, (R,) each: all of magnitudes, or none. None: a value is NaN."""
-    positions = [min(max(extent.level, 0.0), 1.0) * (rows.shape[-1] - 1) for extent in wanted]
-    ranks = tuple(math.floor(position) for position in positions)
-    pairs = eager.order_statistics(rows, ranks, wanted[0].of == "magnitude")
-    if pairs is None:
-        return None
-    found = []
-    for i, pair in enumerate(pairs.unbind(1)):
-        first, second = (pair.clamp(min=0) if wanted[i].of == "positive" else pair).unbind(1)
-        value = first + (second - first) * (positions[i] - ranks[i])
-        found.append(-value if wanted[i].of == "lower" else value)
-    return tuple(found)
 
 
 class Measured(NamedTuple):

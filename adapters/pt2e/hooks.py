@@ -1,11 +1,13 @@
 """What of torchao's PT2E mode is touched; `host.hooks` checks that it is still there.
 
-Four functions get a wrapper, once, when this room is imported. All are looked up in their module at call time, so
+Five functions get a wrapper, once, when this room is imported. All are looked up in their module at call time, so
 it does not matter whether prepare_pt2e was imported before. Only our observers are treated differently.
 
 - `quantize_pt2e._fuse_conv_bn_` and `_fuse_linear_bn_`: names the sites before batch norms disappear into layers; a
   Quantizer is only asked afterwards (torchao 0.18). Batch norms behind a layer that others read too stay. Those in
   training mode are remembered: they are folded as if they were in eval mode, and our Quantizer refuses that.
+- `quantize_pt2e._fold_conv_bn_qat`: not called where no convolution was scaled for QAT: it exports 96 patterns, half a
+  minute, as soon as any batch norm is left (torchao 0.18).
 - `quantize_pt2e.prepare`: tells our observers that prepare_qat_pt2e is at work, which no Quantizer gets to know; keeps
   other Quantizers from sharing them (see `sharing`).
 - `export_utils._replace_dropout`: move_exported_model_to_eval and _to_train end there. They rewrite dropout and batch
@@ -36,6 +38,7 @@ from .observer import PT2EObserver, PT2EWeight
 from .sharing import separate
 
 _NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default)
+_SCALED = (torch.ops.aten.div.Tensor, torch.ops.aten.add.Tensor)
 HOST = Host("torchao", str(torchao.__version__), tested=TESTED, room="PT2E", otherwise="use the FX flow")
 
 
@@ -74,6 +77,19 @@ def _shared_layers_kept(m: GraphModule) -> Iterator[None]:
             m.graph.erase_node(alias)
         if hidden:
             m.recompile()
+
+
+def _fold_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    def fold(m: GraphModule) -> GraphModule:
+        # QAT's pattern ends in batch_norm(conv / scale [+ bias]); one in training mode has a counter to be removed
+        possible = any(
+            n.target not in _NORMS or n.args[0].target in _SCALED or n.args[5] is True
+            for n in m.graph.nodes
+            if n.op == "call_function" and "batch_norm" in str(n.target)
+        )
+        return original(m) if possible or not any(True for _ in iter_quantizers(m)) else m
+
+    return fold
 
 
 def _prepare_hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,6 +140,7 @@ def install() -> None:
         [
             Hook(quantize_pt2e, "_fuse_conv_bn_", ("m",), _fuse_hook),
             Hook(quantize_pt2e, "_fuse_linear_bn_", ("m",), _fuse_hook),
+            Hook(quantize_pt2e, "_fold_conv_bn_qat", ("m",), _fold_hook),
             Hook(quantize_pt2e, "prepare", ("model", "node_name_to_scope", "is_qat"), _prepare_hook),
             Hook(export_utils, "_replace_dropout", ("m", "train_to_eval"), _dropout_hook),
         ],

@@ -12,7 +12,8 @@ from torch import nn
 from dqa_plugins.batches import Call, ItemReader, Pick
 from dqa_plugins.errors import UnsupportedInput
 from dqa_plugins.graph.operations import Operation
-from dqa_plugins.methods import Method, check_method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import check_method
 from dqa_plugins.progress import counted
 from dqa_plugins.sites import iter_quantizers
 

@@ -7,6 +7,7 @@ finds plain aten operations, and so do tensor subclasses and other devices.
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 import operator
@@ -58,6 +59,12 @@ class Rows(NamedTuple):
     channels: int
     along: bool
     samples: int
+
+
+@lru_cache(None)
+def _kernel(module: str, name: str = "") -> Any:
+    """A kernel, imported when it is first used: of the module's name, or another one."""
+    return getattr(importlib.import_module(f".{module}", __package__), name or module)
 
 
 @lru_cache(4096)
@@ -203,11 +210,9 @@ def derive(unit: Table, axis: int, extents: Tensor, steps: float, *, ranged: boo
         axis: of the C channels, not negative.
         extents: (B, S, G) float32, see `tables.derive` for the rest.
     """
-    from .tables import derive as kernel
-
     known = np.ascontiguousarray(extents.detach().numpy())
     out = np.empty((len(unit.values), len(known), max(known.shape[2], unit.values.shape[2])), np.float32)
-    kernel(unit.values, known, np.float32(steps), ranged, unit.keeps, predicted, out)
+    _kernel("tables", "derive")(unit.values, known, np.float32(steps), ranged, unit.keeps, predicted, out)
     return Table(out, axis, unit.full, unit.keeps)
 
 
@@ -226,25 +231,22 @@ def fake_quantize(x: Tensor, table: Table) -> Tensor:
 
 def _pass(x: Tensor, table: Table) -> Tensor:
     """The quantized values of x, float32, without gradient; their memory in the order of that of x."""
-    from .fake_quantize import fake_quantize as kernel
-
     _, samples, channels = table.values.shape
     y, rows = _dense(x, samples > 1, table.axis if channels > 1 else None)
     out = torch.empty_like(y)
     values, rows = table.lay_out(rows)
-    _run(kernel, (flat(y), flat(out), values, *rows[:4], table.full), y.numel())
+    # addresses: two arrays made of tensors take as long as a small layer
+    _run(_kernel("fake_quantize"), (y.data_ptr(), out.data_ptr(), values, *rows[:4], table.full), y.numel())
     return out if out.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype).copy_(out)
 
 
 def _inside(x: Tensor, table: Table) -> Tensor:
     """bool, the shape of x: where the clamp leaves the code alone."""
-    from .fake_quantize import inside as kernel
-
     _, samples, channels = table.values.shape
     y, rows = _dense(x, samples > 1, table.axis if channels > 1 else None)
     out = torch.empty_like(y, dtype=torch.bool)
     values, rows = table.lay_out(rows)
-    _run(kernel, (flat(y), flat(out), values, *rows[:4]), y.numel())
+    _run(_kernel("fake_quantize", "inside"), (flat(y), flat(out), values, *rows[:4]), y.numel())
     return out
 
 
@@ -267,36 +269,44 @@ def extremes(x: Tensor, axis: int | None) -> Extremes:
         x: as `usable`; a NaN makes `low` and `high` meaningless.
         axis: not negative; None: a group is a sample.
     """
-    from .observe import extremes as kernel
-
     y, rows = _dense(x, True, axis)
     ends = np.empty((2, x.shape[0] * (1 if axis is None else x.shape[axis])), np.int32)
     arguments = (flat(y).view(np.int32), ends[0], ends[1], *rows[:4])
-    flags = functools.reduce(operator.or_, _run(kernel, arguments, rows.samples, y.numel() // rows.samples))
+    flags = functools.reduce(
+        operator.or_, _run(_kernel("observe", "extremes"), arguments, rows.samples, y.numel() // rows.samples)
+    )
     low, high = torch.from_numpy(ends.view(np.float32).reshape(2, x.shape[0], -1)).unbind(0)
     return Extremes(low, high, flags == 0, flags > 1)
 
 
-def order_statistics(rows: Tensor, ranks: tuple[int, ...], magnitude: bool) -> Tensor | None:
-    """Exact order statistics, without a sort.
+@lru_cache(4096)
+def _positions(wanted: tuple[tuple[str, float], ...], size: int) -> tuple[np.int32, Array, Array, Array]:
+    """What `observe.select` takes: mask, ranks, shares and kinds."""
+    places = [min(max(level, 0.0), 1.0) * (size - 1) for _, level in wanted]
+    ranks = [math.floor(place) for place in places]
+    kinds = [{"positive": 1, "lower": -1}.get(of, 0) for of, _ in wanted]
+    shares = np.array([place - rank for place, rank in zip(places, ranks, strict=True)], np.float32)
+    mask = np.int32(0x7FFFFFFF if wanted[0][0] == "magnitude" else -1)
+    return mask, np.array(ranks, np.int64), shares, np.array(kinds, np.int64)
+
+
+def order_statistics(rows: Tensor, wanted: tuple[tuple[str, float], ...]) -> Tensor | None:
+    """Exact quantiles by linear interpolation, without a sort.
 
     Args:
         rows: (R, N) float32; a row has no gaps, or is copied.
-        ranks: ascending from 0.
-        magnitude: of |x|, not of x.
+        wanted: extents (of, level), see `method.Extent`: all of magnitudes, or none.
 
     Returns:
-        (R, ranks, 2) float32: the value at each rank and the next one (the last one if there is none); None: a value
-        is NaN.
+        (R, wanted) float32; None: a value is NaN.
     """
-    from .observe import select
-
     rows = rows.detach().contiguous()
     count, size = rows.shape
-    found = np.empty((count, len(ranks), 2), np.int32)
-    mask = np.int32(0x7FFFFFFF if magnitude else -1)
-    nan = _run(select, (flat(rows).view(np.int32), size, mask, np.array(ranks, np.int64), found), count, size)
-    return None if any(nan) else torch.from_numpy(found.view(np.float32))
+    found = np.empty((count, len(wanted)), np.float32)
+    nan = _run(
+        _kernel("observe", "select"), (flat(rows).view(np.int32), size, *_positions(wanted, size), found), count, size
+    )
+    return None if any(nan) else torch.from_numpy(found)
 
 
 def sums(x: Tensor, axis: int | None, lower: Tensor, upper: Tensor) -> Tensor:
@@ -308,12 +318,10 @@ def sums(x: Tensor, axis: int | None, lower: Tensor, upper: Tensor) -> Tensor:
     Returns:
         (B, C or 1, 4) float64: sum, sum of magnitudes, sum of squares, number of values outside.
     """
-    from .predict import sums as kernel
-
     y, rows = _dense(x, True, axis)
     found = np.empty((x.shape[0], 1 if axis is None else x.shape[axis], 4))
     ends = (np.ascontiguousarray(end.detach().numpy()) for end in (lower, upper))
-    _run(kernel, (flat(y), *ends, found, *rows[:4]), rows.samples, y.numel() // rows.samples)
+    _run(_kernel("predict", "sums"), (flat(y), *ends, found, *rows[:4]), rows.samples, y.numel() // rows.samples)
     return torch.from_numpy(found)
 
 

@@ -19,10 +19,12 @@ from numba import njit
 
 from .compiling import kernel
 from .memory import compress_between
+from .vectors import float_value
 
 _u = np.uint64
 _LEAST, _MOST = np.int32(-(2**31)), np.int32(2**31 - 1)
 _SAMPLE = 128
+_FEW = 256  # keys among which selection is faster than another bracket
 _INFINITY = np.int32(0x7F800000)  # its bits and its key; ~ gives the key of -inf
 
 
@@ -87,29 +89,24 @@ def extremes(x, low, high, inner, free, count, along, first, last):  # type: ign
 
 @kernel
 def _smallest(a, count, rank):  # type: ignore[no-untyped-def]
-    """Reorder a[:count] so that a[rank] is where sorting would put it, nothing before it larger (Hoare)."""
-    left, right = 0, count - 1
-    while left < right:
-        middle = a[(left + right) // 2]
-        one, other = a[left], a[right]
-        pivot = max(min(one, other), min(max(one, other), middle))
-        i, j = left, right
-        while i <= j:
-            while a[i] < pivot:
-                i += 1
-            while a[j] > pivot:
-                j -= 1
-            if i <= j:
-                a[i], a[j] = a[j], a[i]
-                i += 1
-                j -= 1
-        if rank <= j:
-            right = j
-        elif rank >= i:
-            left = i
-        else:
-            break
-    return a[rank]
+    """What sorting would put at a[rank], of keys a[:count], and how many keys are not larger.
+
+    By bisection of the range: no branch depends on the keys, of which each step of quickselect mispredicts half.
+    """
+    least, most = a[0], a[0]
+    for i in range(_u(count)):
+        least, most = min(least, a[i]), max(most, a[i])
+    low, high = np.int64(least), np.int64(most)
+    within = count
+    while low < high:
+        middle = np.int32((low + high) >> 1)
+        found = np.int32(0)
+        for i in range(_u(count)):
+            found = np.int32(found + np.int32(a[i] <= middle))
+        enough = found > rank
+        within = np.int64(found) if enough else within
+        low, high = low if enough else np.int64(middle) + 1, np.int64(middle) if enough else high
+    return np.int32(low), within
 
 
 @kernel
@@ -118,7 +115,7 @@ def _collect(x, begin, size, mask, low, high, out):  # type: ignore[no-untyped-d
     found, above = 0, 0
     blocks = size // 16
     for block in range(blocks):
-        counts = compress_between(x, begin + 16 * block, mask, low, high, out, found)
+        counts: int = compress_between(x, begin + 16 * block, mask, low, high, out, found)
         found += counts >> 16
         above += counts & 0xFFFF
     for i in range(begin + 16 * blocks, begin + size):
@@ -156,11 +153,11 @@ def _bracket(x, begin, size, mask, rank, alike, sample):  # type: ignore[no-unty
     lowest, highest = int(share * _SAMPLE - spread), int(share * _SAMPLE + spread)
     low, high = _LEAST, _MOST
     if lowest >= 0 or alike:
-        low = _smallest(sample, _SAMPLE, max(lowest, 0))
+        low, _ = _smallest(sample, _SAMPLE, max(lowest, 0))
     if alike:
         high = low
     elif highest < _SAMPLE:
-        high = _smallest(sample, _SAMPLE, highest)
+        high, _ = _smallest(sample, _SAMPLE, highest)
     return low, max(high, np.int32(low + 1))
 
 
@@ -172,7 +169,7 @@ def _select(x, begin, size, mask, rank, sample, room, out):  # type: ignore[no-u
     """
     source, start, left, bits, offset, turn = x, begin, size, mask, 0, 0
     poor = same = False
-    while left > 2 * _SAMPLE and not same:
+    while left > _FEW and not same:
         low, high = _bracket(source, start, left, bits, rank - offset, poor, sample)
         found, above = _collect(source, start, left, bits, low, high, room[turn])
         below = left - found - above
@@ -196,39 +193,44 @@ def _select(x, begin, size, mask, rank, sample, room, out):  # type: ignore[no-u
             source = room[0]
         for i in range(left):
             source[i] = key(source[i])
-        out[0] = _smallest(source, left, rank - offset)
-        out[1] = out[0]
-        if inside and following > rank:  # the smallest of what selection left behind it
-            out[1] = source[following - offset]
-            for i in range(following - offset, left):
-                out[1] = min(out[1], source[i])
+        out[0], within = _smallest(source, left, rank - offset)
+        out[1] = out[0] if within > following - offset else _MOST
+        if inside and out[1] == _MOST:
+            for i in range(_u(left)):
+                k = source[i]
+                out[1] = k if k > out[0] and k < out[1] else out[1]
     if not inside:
         out[1] = _above(x, begin, size, mask, out[0])
 
 
 @kernel
-def select(x, size, mask, ranks, out, first, last):  # type: ignore[no-untyped-def]
-    """Order statistics of rows.
+def select(x, size, mask, ranks, shares, kinds, out, first, last):  # type: ignore[no-untyped-def]
+    """Quantiles of rows: the order statistic at a rank, and a share of the way to the next one.
 
     Args:
         x: (N,) int32, the bits of float32 values: rows of `size` values side by side.
         mask: int32, laid over the bits: 0x7fffffff for magnitudes, -1 for the values.
-        ranks: (R,) int64, ascending from 0.
-        out: (rows, R, 2) int32, written: bits of the values at each rank and the next one (the last if there is none).
+        ranks: (R,) int64, ascending from 0; shares: (R,) float32, in [0, 1).
+        kinds: (R,) int64; 1: negative values count as 0; -1: the result is negated; 0: neither.
+        out: (rows, R) float32, written.
         first, last: the range of rows.
 
     Returns:
         whether a value is NaN: then `out` is meaningless.
     """
-    room, sample = np.empty((2, size + 16), np.int32), np.empty(_SAMPLE, np.int32)
+    room, sample, found = np.empty((2, size + 16), np.int32), np.empty(_SAMPLE, np.int32), np.empty(2, np.int32)
     for row in range(first, last):
         least, most = _ends(x, row * size, (row + 1) * size)
         if least < ~_INFINITY or most > _INFINITY:
             return True
         for r in range(ranks.size):
             if ranks[r] == size - 1:  # magnitudes are their own keys
-                out[row, r] = most if mask == -1 else max(key(most) & mask, key(least) & mask)
+                found[:] = most if mask == -1 else max(key(most) & mask, key(least) & mask)
             else:
-                _select(x, row * size, size, mask, ranks[r], sample, room, out[row, r])
-            out[row, r, 0], out[row, r, 1] = _value(out[row, r, 0]), _value(out[row, r, 1])
+                _select(x, row * size, size, mask, ranks[r], sample, room, found)
+            if kinds[r] == 1:
+                found[0], found[1] = max(found[0], np.int32(0)), max(found[1], np.int32(0))
+            value, following = float_value(_value(found[0])), float_value(_value(found[1]))
+            value += (following - value) * shares[r]
+            out[row, r] = -value if kinds[r] == -1 else value
     return False

@@ -1,4 +1,4 @@
-"""Vectors of LLVM for the int8 passes, which numba itself does not offer.
+"""Vectors of LLVM, which numba itself does not offer.
 
 They are LLVM's own types, not those of a processor: narrower machines get narrower instructions, and the same numbers.
 Nothing is checked.
@@ -131,6 +131,53 @@ def _adding(vectors: int) -> Any:
 
 
 add_64, add_16 = _adding(4), _adding(1)
+
+
+def _quantizing(full: bool) -> Any:
+    """An intrinsic that fake-quantizes 16 values which share their parameters.
+
+    A loop over a row of a few values would be left scalar: its vectors take 32 values.
+    """
+
+    @intrinsic
+    def quantize(
+        typing_context: Any,
+        x: Any,
+        out: Any,
+        at: Any,
+        step: Any,
+        divisor: Any,
+        low: Any,
+        high: Any,
+        zero: Any,
+        bias: Any,
+        lower: Any,
+        upper: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, place = (_pointer(context, builder, k, a, arguments[2], LANES) for k, a in zip((x, out), arguments))
+            v = builder.load(source)
+            v.align = 4
+            step, divisor, low, high, zero, bias, lower, upper = (_splat(builder, a, LANES) for a in arguments[3:])
+            rint = ir.FunctionType(v.type, [v.type])
+            rint = cgutils.get_or_insert_function(builder.module, rint, f"llvm.rint.v{LANES}f32")
+            q = builder.call(rint, [builder.fdiv(builder.fadd(v, bias) if full else v, divisor)])
+            q = builder.fadd(q, zero) if full else q
+            q = builder.select(builder.fcmp_ordered("<", q, low), low, q)
+            q = builder.select(builder.fcmp_ordered(">", q, high), high, q)
+            r = builder.fmul(builder.fsub(q, zero) if full else q, step)
+            if full:
+                kept = builder.or_(builder.fcmp_ordered("<", v, lower), builder.fcmp_ordered(">", v, upper))
+                r = builder.select(kept, v, builder.fsub(r, bias))
+            builder.store(r, place).align = 4
+            return context.get_dummy_value()
+
+        return types.void(x, out, types.intp, *[types.float32] * 8), generate
+
+    return quantize
+
+
+quantize_full, quantize_plain = _quantizing(True), _quantizing(False)
 
 
 @intrinsic

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dqa_plugins.kernels import eager
 from dqa_plugins.method import Extent, Method
 from dqa_plugins.operators import as_node
-from dqa_plugins.ranges import extents, grouped, lay_out, quantiles, selected
+from dqa_plugins.ranges import extents, grouped, lay_out, quantiles
 from dqa_plugins.rounding import cast, compute_dtype
 
 LEVELS = (0.9, 0.99, 0.999)
@@ -97,15 +97,16 @@ def _means(flat: Tensor) -> list[Tensor]:
 
 def _summary(flat: Tensor, *, magnitude: bool = True) -> list[Tensor]:
     """Quantiles, mean and maximum of (B, N), or of its magnitudes, each (B,) float64."""
-    if eager.usable(flat) and (found := selected(flat, _extents(magnitude))):
-        return [*(q.double() for q in found[:-1]), _means(flat)[int(magnitude)], found[-1].double()]
+    if eager.usable(flat) and (found := eager.order_statistics(flat, _extents(magnitude))) is not None:
+        quantile = found.double().unbind(1)
+        return [*quantile[:-1], _means(flat)[int(magnitude)], quantile[-1]]
     flat = flat.abs() if magnitude else flat
     mean = mean_of(flat)
     return [*(q.double() for q in quantiles(flat, LEVELS)), mean, flat.amax(1).double()]
 
 
-def _extents(magnitude: bool) -> list[Extent]:
-    return [Extent("magnitude" if magnitude else "upper", level) for level in (*LEVELS, 1.0)]
+def _extents(magnitude: bool) -> tuple[Extent, ...]:
+    return tuple(Extent("magnitude" if magnitude else "upper", level) for level in (*LEVELS, 1.0))
 
 
 def channel_features(x: Tensor, axis: int) -> Tensor:

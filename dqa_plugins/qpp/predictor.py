@@ -282,10 +282,10 @@ def _by_kernel(predictor: Any, known: Tensor) -> Tensor:
     """`Predictor.forward` in one loop: its sums add up in another order, which float32 does not see."""
     from dqa_plugins.kernels.predict import regress
 
-    buffers = [getattr(predictor, name) for name in _READ]
+    buffers = list(predictor._buffers.values())
     held = _arrays.get(predictor)
     if held is None or any(map(operator.is_not, held[0], buffers)):  # arrays see what is written into buffers
-        held = _arrays[predictor] = buffers, [b.contiguous().numpy() for b in buffers]
+        held = _arrays[predictor] = buffers, [getattr(predictor, name).contiguous().numpy() for name in _READ]
     logarithms = PAPER_FEATURES + SLOPES if predictor.mode == "extended" else 0
     out = np.empty((len(known), held[1][1].size), np.float32)
     regress(known.detach().numpy(), *held[1], logarithms, SCALE if logarithms else 0, out)

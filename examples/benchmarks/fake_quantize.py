@@ -21,13 +21,10 @@ of the slowest method, each method beside it (`..._by_method`):
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, Method, NoisyQuant
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.ranges import measure, quantiles
-from examples.benchmarks.machine import keep_freed_memory, machine
+from examples.benchmarks.machine import run
 from examples.benchmarks.storage import Clock
 from examples.networks.imagenet import mobilenetv2, resnet18
 
@@ -190,24 +187,11 @@ def network(make: Callable[[], nn.Module], repeats: int) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--repeats", type=int, default=25)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    warnings.filterwarnings("ignore", module="torch")
-    result = one_tensor(arguments.repeats)
-    for name, make in NETWORKS.items():
-        result[name] = network(make, max(3, arguments.repeats // 3))
-    result["machine"] = machine()
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    for name, value in result.items():
-        print(f"{name:36s} {value}")
+def measure_all(repeats: int) -> dict[str, Any]:
+    """All fields."""
+    networks = {name: network(make, max(3, repeats // 3)) for name, make in NETWORKS.items()}
+    return {**one_tensor(repeats), **networks}
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure_all, 25)

@@ -1,14 +1,19 @@
-"""What a benchmark ran on, for the JSON."""
+"""What a benchmark runs on, and the command line of those with one measurement."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from examples.quiet import quiet_hosts
 
 
 def keep_freed_memory() -> None:
@@ -34,3 +39,25 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "load_1min": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
+
+
+def run(description: str, measure: Callable[[int], dict[str, Any]], repeats: int) -> None:
+    """Measure in one thread, on memory that the process has already, and print: a field a line, or JSON.
+
+    Args:
+        measure: how many times -> fields.
+        repeats: how many times, unless the command line says so.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n", maxsplit=1)[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    quiet_hosts()
+    result = {**measure(arguments.repeats), "machine": machine()}
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    for name, value in result.items():
+        print(f"{name:36s} {value}")

@@ -14,10 +14,7 @@ memory that the process has already; times are medians of CPU time of the thread
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a file, 
 from dqa_plugins import QPP, DenseSparse
 from dqa_plugins.qpp.features import site_features
 from examples.benchmarks.fake_quantize import quantized
-from examples.benchmarks.machine import keep_freed_memory, machine
+from examples.benchmarks.machine import run
 from examples.benchmarks.storage import Clock
 from examples.networks.imagenet import resnet18
 
@@ -65,21 +62,5 @@ def measure(repeats: int) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    warnings.filterwarnings("ignore", module="torch")
-    result = {**measure(arguments.repeats), "machine": machine()}
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    for name, value in result.items():
-        print(f"{name:12s} {value}")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, 15)

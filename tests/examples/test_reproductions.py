@@ -143,7 +143,7 @@ def test_a_perfect_threshold_has_the_target_density() -> None:
 
 def test_one_predicted_row_of_the_qpp_tables(task: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qpp_tables, "SAMPLES", 32)
-    chosen = qpp_tables.method("Dense+Sparse", 4, qpp_tables.source("QPP, paper", "resnet32"))
+    chosen = qpp_tables.method("Dense+Sparse", 4, qpp_tables.qparams_of("QPP, paper", "resnet32"))
     assert chosen == DenseSparse(bits=4, qparams=QPP(mode="paper"))
     assert qpp_tables.method("standard", 8, "static") == Direct(bits=8, symmetric=False, reduce="mean")
     model = qpp_tables.quantize(task, chosen, 0)

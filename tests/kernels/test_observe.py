@@ -54,12 +54,14 @@ def test_order_statistics_of_hard_rows(name: str, magnitude: bool) -> None:
     rows = distributions()[name]
     expected = (rows.abs() if magnitude else rows).sort().values
     last = rows.shape[1] - 1
-    ranks = (0, 1, last // 100, last // 5, last // 2, 4 * last // 5, last - last // 100, last - 2, last)
-    found = eager.order_statistics(rows, ranks, magnitude)
+    ranks = (0, 1, last // 100, last // 5, last // 2, 4 * last // 5, last - last // 100, last - 2, last - 0.5, last)
+    levels = [(rank + share) / last for rank in ranks for share in (0, 0.25)]
+    found = eager.order_statistics(rows, tuple(("magnitude" if magnitude else "upper", level) for level in levels))
     assert found is not None
-    for i, rank in enumerate(ranks):
-        assert torch.equal(found[:, i, 0], expected[:, rank]), rank
-        assert torch.equal(found[:, i, 1], expected[:, min(rank + 1, last)]), rank
+    for i, level in enumerate(levels):
+        place = min(level, 1) * last
+        value, following = expected[:, int(place)], expected[:, min(int(place) + 1, last)]
+        assert torch.allclose(found[:, i], value + (following - value) * (place - int(place)), 0, 0, True), level
 
 
 @given(size=st.integers(1, 3000), values=st.integers(1, 50), seed=st.integers(0, 99), level=st.floats(0, 1))
