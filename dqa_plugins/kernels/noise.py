@@ -1,8 +1,8 @@
 """The error of quantizing with a noise, for many amplitudes at once: one pass over the values, in float64.
 
-Between its rounding ties a value keeps its code q, and its error w (q - v - t)^2 is a quadratic in the amplitude a of the
-shift t = base + slope a. What the next code changes is added where the amplitudes reach it, and summed up along them by
-the caller. A value meets as many codes as the amplitudes are wide (three for 0 to 2), whatever the bits.
+Between its rounding ties a value keeps its code q, and its error w (q - v - t)^2 is a quadratic in the amplitude a of
+the shift t = base + slope a. What the next code changes is added where the amplitudes reach it, and summed up along
+them by the caller. A value meets as many codes as the amplitudes are wide (three for 0 to 2), whatever the bits.
 """
 
 from __future__ import annotations
