@@ -142,6 +142,7 @@ def write_pte(program: ExportedProgram, path: Path, backend: str) -> Path:
             unchecked = EdgeCompileConfig(_check_ir_validity=False)
             lowered = to_edge_transform_and_lower(program, partitioner=partitioners, compile_config=unchecked)
             (Path(folder) / path.name).write_bytes(lowered.to_executorch().buffer)
+            executorch_method(Path(folder) / path.name)  # XNNPACK refuses some integers only when a file is loaded
             move(folder, path)
     except Exception as error:
         raise ExportFailed(f"ExecuTorch failed: {in_one_sentence(error)}.") from error
