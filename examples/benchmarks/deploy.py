@@ -52,6 +52,8 @@ VARIANTS: dict[str, tuple[Method, int, str]] = {  # method, bits of the weights,
     "DQA 4, w8, float form": (DQA(bits=4), 8, "float"),
     "DQA 4, w8, qdq": (DQA(bits=4), 8, "qdq"),
 }
+# files that another row has already: XNNPACK has no 4-bit weights, and integers for 8-bit codes of one scale only
+SAME = {"executorch": ("Direct 8, w4, qdq", "Direct 4, w8, qdq", "DQA 4, w8, qdq")}
 SENTENCES = [
     "A man eats a piece of bread.",
     "The girl carries a baby.",
@@ -228,7 +230,7 @@ def build(model: nn.Module, x: tuple[Tensor, ...], backend: str, folder: Path) -
         "float": lambda: (write(model, x, folder / f"float{suffix}", "float"), model),
         "own int8": lambda: (own(model, x, folder), model),
     }
-    for variant in VARIANTS:
+    for variant in (name for name in VARIANTS if name not in SAME.get(backend, ())):
 
         def ours(name: str = variant) -> tuple[Path, nn.Module]:
             method, bits, form = VARIANTS[name]

@@ -61,9 +61,8 @@ def test_no_value_is_a_step_off(method: Method) -> None:
 def test_files_keep_exact_divisions_by_static_steps(source: str, read: Callable[[Any], Any], tmp_path: Path) -> None:
     """What docs/support_matrix.md says of saved models."""
     method = METHODS[0].replace(qparams=source)
-    quantizer, x = next(
-        found for found in map(on_the_lattice, [method] * 50, range(50)) if moved_by_the_reciprocal(*found)
-    )
+    cases = (on_the_lattice(method, seed) for seed in range(50))
+    quantizer, x = next(((q, x) for q, x in cases if moved_by_the_reciprocal(q, x)), on_the_lattice(method))
     to_openvino(quantizer, x, tmp_path / "q.xml")
     core = require_openvino().Core()
     compiled = core.compile_model(read(core.read_model(str(tmp_path / "q.xml"))), "CPU", F32)

@@ -55,7 +55,7 @@ def test_the_objective_of_the_next_layer_is_refused() -> None:
 
 def test_predictions_of_a_traced_model_are_exported() -> None:
     """torch.export runs a GraphModule without its forward hooks, in which the predictions begin."""
-    model = quantize_model(float_net(), DQA(qparams=QPP(sites=("input",))), X)
+    model = quantize_model(float_net(), DQA(qparams=QPP(sites=("input",))), data(4, 3, 10, 10))
     assert isinstance(model, torch.fx.GraphModule)
     with torch.no_grad():
         assert torch.equal(to_exported_program(model, X[0]).module()(X[0]), model(X[0]))
