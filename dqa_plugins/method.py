@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from .errors import InvalidMethod
 from .grid import Grid, QParams
+from .options import Clip, Granularity, QParamsKind, Reduction, Scope
 from .prediction import QPP, check_qparams, qpp_from_dict
 from .rounding import code_range
 
@@ -93,12 +94,12 @@ class Method:
 
     bits: int = 4
     signed: bool | None = None
-    granularity: str = "tensor"
-    qparams: str | QPP = "static"
-    clip: str | float = "max"
+    granularity: Granularity = "tensor"
+    qparams: QParamsKind | QPP = "static"
+    clip: Clip | float = "max"
     channel_axis: int | None = None
-    reduce: str | None = None
-    scope: str = "sample"
+    reduce: Reduction | None = None
+    scope: Scope = "sample"
 
     name: ClassVar[str] = "method"
     has_important_channels: ClassVar[bool] = False
@@ -114,14 +115,14 @@ class Method:
             "one bit has no zero and a sign, and codes wider than a byte save nothing over int8 hardware",
         )
         check_choice(self, "signed", (None, True, False))
-        check_choice(self, "granularity", ("tensor", "channel"))
+        check_choice(self, "granularity", get_args(Granularity))
         if isinstance(self.qparams, dict):  # as JSON has it
             object.__setattr__(self, "qparams", qpp_from_dict(type(self).__name__, self.qparams))
         check_qparams(self.qparams, type(self).__name__)
-        check_choice(self, "reduce", (None, "max", "mean"))
-        check_choice(self, "scope", ("sample", "batch"))
+        check_choice(self, "reduce", (None, *get_args(Reduction)))
+        check_choice(self, "scope", get_args(Scope))
         if isinstance(self.clip, str):
-            check_choice(self, "clip", ("max", "mse"))
+            check_choice(self, "clip", get_args(Clip))
         else:
             check_number(self, "clip", 0.0, 1.0, open_ends=True)
         if self.channel_axis is not None:
@@ -178,7 +179,7 @@ class Method:
     # ------------------------------------------------------------ what follows from the fields
 
     @property
-    def source(self) -> str:
+    def source(self) -> Literal["static", "dynamic", "predicted"]:
         """The kind of qparams source: "static", "dynamic" or "predicted"."""
         return self.qparams if isinstance(self.qparams, str) else "predicted"
 
@@ -190,7 +191,7 @@ class Method:
         return self.qparams
 
     @property
-    def reduction(self) -> str:
+    def reduction(self) -> Reduction:
         """The resolved `reduce`: "max" or "mean"."""
         return self.reduce or "max"
 

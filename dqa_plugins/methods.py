@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import InvalidMethod, NotAMethod
 from .grid import Grid, QParams
 from .method import Extent, Method, check_choice, check_integer, check_number
+from .options import Reduction
 from .prediction import QPP
 from .rounding import power_of_two
 from .search import Kept, channel_errors, draw_noise, most_important, search_noise
@@ -114,8 +115,8 @@ class NoisyQuant(Method):
     seed: int = 0
     amplitude: float | None = None
     mean: float | None = 0.0
-    objective: str = "activation"
-    noise: str = "uniform"
+    objective: Literal["activation", "output"] = "activation"
+    noise: Literal["uniform", "gaussian"] = "uniform"
     full_range: bool = True
     clip_steps: int = 100
     name: ClassVar[str] = "noisyquant"
@@ -212,7 +213,7 @@ class DenseSparse(Method):
         return self.density
 
     @property
-    def reduction(self) -> str:
+    def reduction(self) -> Reduction:
         return self.reduce or "mean"
 
     @property

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from .errors import InvalidMethod
-
-MODES = ("extended", "paper")
+from .options import PredictionMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +37,17 @@ class QPP:
         InvalidMethod: a field has a value that it cannot have.
     """
 
-    mode: str = "extended"
+    mode: PredictionMode = "extended"
     sites: tuple[str, ...] | None = None
     intercept: bool = False
     augment: bool | str | Callable[..., Any] = field(default=True, compare=False)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise InvalidMethod(f"QPP(mode={self.mode!r}): mode must be one of {', '.join(map(repr, MODES))}.")
+        if self.mode not in get_args(PredictionMode):
+            raise InvalidMethod(
+                f"QPP(mode={self.mode!r}): mode must be one of {', '.join(map(repr, get_args(PredictionMode)))}."
+            )
         if isinstance(self.sites, list):
             object.__setattr__(self, "sites", tuple(self.sites))
         named = isinstance(self.sites, tuple) and self.sites and all(isinstance(s, str) and s for s in self.sites)

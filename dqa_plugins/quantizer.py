@@ -27,7 +27,7 @@ from .errors import (
     ChannelAxisError,
     ChannelMismatch,
     DQAWarning,
-    InvalidMethod,
+    InvalidArgument,
     NonFiniteInput,
     UncalibratedQuantizer,
     UnsupportedCombination,
@@ -73,9 +73,6 @@ class ActivationQuantizer(QuantizerParameters):
         self.consumer_missing = False
         # called with the name and every tensor before it is quantized (QPP: others read its features)
         self.listener: Callable[[str, Tensor], None] | None = None
-
-    def extra_repr(self) -> str:
-        return f"{self.method}, name={self.name!r}, state={self._state!r}"
 
     # ------------------------------------------------------------ states
     __prepare_scriptable__ = scripted  # torch.jit.script calls it
@@ -158,19 +155,19 @@ class ActivationQuantizer(QuantizerParameters):
         Raises:
             UnsupportedCombination: the method has no important channels.
             ChannelMismatch: not one entry per channel.
-            InvalidMethod: an entry is out of range.
+            InvalidArgument: an entry is out of range.
         """
         if not self.method.has_important_channels:
             raise UnsupportedCombination(f"{self.label} has no important channels; use DQA to rank channels.")
         if not isinstance(extra_bits, Tensor) or extra_bits.is_floating_point() or extra_bits.ndim != 1:
-            raise InvalidMethod(f"{self.label}: extra bits are a (C,) tensor of integers; got {extra_bits!r}.")
+            raise InvalidArgument(f"{self.label}: extra bits are a (C,) tensor of integers; got {extra_bits!r}.")
         if self._channels is not None and tuple(extra_bits.shape) != (self._channels,):
             raise ChannelMismatch(
                 f"{self.label} has {self._channels} channels; got extra bits of shape {tuple(extra_bits.shape)}."
             )
         bits = self.method.bits
         if extra_bits.numel() and not 1 - bits <= int(extra_bits.min()) <= int(extra_bits.max()) <= bits:
-            raise InvalidMethod(
+            raise InvalidArgument(
                 f"{self.label}: extra bits from {int(extra_bits.min())} to {int(extra_bits.max())}; "
                 f"each must be in [{1 - bits}, {bits}]."
             )

@@ -1,4 +1,4 @@
-"""Pages for contributors name only files, modules and make targets that exist."""
+"""Pages name only files, modules and make targets that exist, and the site has everything that is public."""
 
 from __future__ import annotations
 
@@ -14,21 +14,67 @@ from .test_structure import files, imports
 ROOT = Path(__file__).parents[1]
 PAGES = ["CONTRIBUTING.md", "docs/architecture.md", "docs/adding_a_framework.md"]
 pages = pytest.mark.parametrize("page", PAGES)
+ALL = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
 
 
 def text_of(page: str) -> str:
     return (ROOT / page).read_text()
 
 
-@pages
+def anchors(path: Path) -> set[str]:
+    """Of the headings of a page, as the repository's host and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ALL)
 def test_links_lead_somewhere_and_say_where(page: str) -> None:
-    """And where the text of a link is a path, it is that of the file."""
-    for text, target in re.findall(r"\[([^\]]+)\]\(([^)#]+)\)", text_of(page)):
-        if not target.startswith("http"):
-            file = ((ROOT / page).parent / target).resolve()
+    """Anchors too; and where the text of a link is a path, it is that of the file."""
+    prose = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S)
+    for text, target, anchor in re.findall(r"(?<![\w`])\[([^\]]+)\]\(([^)#\s]*)(?:#([^)\s]+))?\)", prose):
+        if not target.startswith(("http", "mailto")):
+            file = ((ROOT / page).parent / target).resolve() if target else ROOT / page
             assert file.exists(), f"{page} links to {target}"
-            if "/" in text:
-                assert (ROOT / text).resolve() == file, f"{page} calls {target} {text}"
+            assert not anchor or anchor in anchors(file), f"{page} links to {target}#{anchor}"
+            if "/" in text and " " not in text:
+                named = {(base / text.strip("`")).resolve() for base in (ROOT, (ROOT / page).parent)}
+                assert named & {file, file.parent}, f"{page} calls {target} {text}"
+
+
+def errors() -> dict[str, tuple[str, ...]]:
+    """{class: what it derives from} of every error of ours, in all modules."""
+    found: dict[str, tuple[str, ...]] = {"DQAError": ("Exception",)}
+    classes = [
+        node
+        for path in files().values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    for _ in classes:  # bases may stand in other files
+        for node in classes:
+            bases = tuple(ast.unparse(base) for base in node.bases)
+            if found.keys() & set(bases):
+                found[node.name] = bases
+    return {name: bases for name, bases in found.items() if name != "DQAError"}
+
+
+def test_every_error_has_a_way_out() -> None:
+    """One row each, with the classes that it derives from, when it comes and what to do."""
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*) \| ([^|]+) \| ([^|]*) \|$", text_of("docs/errors.md"), re.M)
+    own = {"DQAError", "StorageError"}  # the page says them once
+    said = {name: set(bases.split(", ")) - own for name, bases, _, _ in rows}
+    assert said == {name: set(bases) - own for name, bases in errors().items()}
+    assert len(rows) == len(said)
+    assert all(when.strip() and out.strip() for _, _, when, out in rows)
+
+
+def test_the_reference_has_every_public_module() -> None:
+    """Every package with `__all__` but the first, whose names come from modules that are named too."""
+    named = set(re.findall(r"^::: (\S+)$", "\n".join(text_of(page) for page in ALL if "/api/" in page), re.M))
+    assert named <= files().keys(), named - files().keys()
+    packages = {name for name, path in files().items() if path.name == "__init__.py" and "__all__" in path.read_text()}
+    public = packages - {"dqa_plugins"}
+    assert public <= named, public - named
 
 
 @pages

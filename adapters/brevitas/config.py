@@ -6,7 +6,8 @@ from typing import Any
 
 from brevitas.inject import ExtendedInjector
 
-from dqa_plugins.methods import DQA, DenseSparse, Direct, Method, NoisyQuant, check_method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import DQA, DenseSparse, Direct, NoisyQuant, check_method
 
 from .proxy import PluginActProxy
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from dqa_plugins.host.quantize import calibration_calls, require_float, run_calibration, split_methods
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 
 from .fields import require_supported
 from .names import site_of
@@ -45,7 +45,7 @@ def quantize_model(
 
     Raises:
         UnsupportedInput: torch.fx cannot trace the model, or it is quantized already.
-        NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
+        NotAMethod, InvalidArgument, UnsupportedCombination, UncalibratedQuantizer.
     """
     require_float(model, "quantize_model")
     calls, example = calibration_calls(model, calibration, inputs, example_inputs)

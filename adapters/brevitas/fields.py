@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from dqa_plugins.errors import InvalidMethod, UnsupportedCombination
-from dqa_plugins.methods import Method, check_method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import check_method
 
 # What Brevitas and our injectors put into an injector beside the user's fields (0.13.4).
 _PLUMBING = frozenset(

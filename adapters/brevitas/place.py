@@ -21,14 +21,15 @@ from brevitas.quant import Int8WeightPerChannelFloat
 from torch import nn
 from torch.fx import GraphModule, Node, Tracer
 
-from dqa_plugins.errors import InvalidMethod, UnsupportedInput
+from dqa_plugins.errors import InvalidArgument, UnsupportedInput
 from dqa_plugins.graph.fx import describe, follow_in_place
 from dqa_plugins.graph.record import record_shapes
 from dqa_plugins.host.placement import Group, Placement, Site, judge
 from dqa_plugins.host.quantize import methods_by_name
 from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.sites import keep_summary
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
+from dqa_plugins.options import check_weights
 from dqa_plugins.sites import iter_quantizers
 
 from .config import get_act_quant
@@ -79,14 +80,14 @@ def place(model: GraphModule, method: Method | None, named: Mapping[str, Method 
         example: inputs, for shapes.
 
     Raises:
-        InvalidMethod: a name is neither a site nor a module.
+        InvalidArgument: a name is neither a site nor a module.
         DuplicateSites: two sites have one name.
     """
     operations = describe(model, record_shapes(model, example))
     placement = judge(operations, methods_by_name(method, named), overrides=named)
     if placement.unmatched:
         known = sorted({op.path for op in operations if op.how == "module"})
-        raise InvalidMethod(
+        raise InvalidArgument(
             f"quantize_model: {placement.unmatched[0]!r} is no module or site of the model; modules are "
             f"{', '.join(known[:8])}, ..."
         )
@@ -102,10 +103,9 @@ def insert(model: GraphModule, placement: Placement, weight_bits: int | None) ->
         weight_bits: 2 to 8; None leaves weights float.
 
     Raises:
-        InvalidMethod: another number.
+        InvalidArgument: another number.
     """
-    if weight_bits is not None and (isinstance(weight_bits, bool) or weight_bits not in range(2, 9)):
-        raise InvalidMethod(f"weight_bits={weight_bits!r}: an integer from 2 to 8, or None for float.")
+    check_weights("quantize_model", weight_bits)
     groups: dict[Group, list[Site]] = {}
     for site in placement.sites:
         groups.setdefault(site.group, []).append(site)

@@ -10,8 +10,9 @@ import brevitas.nn as qnn
 from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from torch import nn
 
-from dqa_plugins.errors import DQAWarning, InvalidMethod, UnsupportedCombination
-from dqa_plugins.methods import Method, check_method
+from dqa_plugins.errors import DQAWarning, InvalidArgument, UnsupportedCombination
+from dqa_plugins.method import Method
+from dqa_plugins.methods import check_method
 
 from .config import get_act_quant
 from .fields import require_supported
@@ -64,7 +65,7 @@ def substitute_layers(model: nn.Module, layers: Layers, *, return_quant_tensor: 
 
     Raises:
         NotAMethod: a value is none.
-        InvalidMethod: a name is not in the model, or nothing matches.
+        InvalidArgument: a name is not in the model, or nothing matches.
         UnsupportedCombination: a module with weights, or a method that cannot do what is asked for.
     """
     chosen = _choose(model, layers)
@@ -88,14 +89,14 @@ def _choose(model: nn.Module, layers: Layers) -> dict[str, Method]:
     """{qualified name: method} of the modules to replace, in registration order."""
     for key, method in layers.items():
         if not isinstance(key, str) and not (isinstance(key, type) and issubclass(key, nn.Module)):
-            raise InvalidMethod(f"substitute_layers: {key!r} is neither a module class nor a qualified name.")
+            raise InvalidArgument(f"substitute_layers: {key!r} is neither a module class nor a qualified name.")
         if method is not None:
             check_method(method, f"substitute_layers, {key if isinstance(key, str) else key.__name__}")
     modules = dict(model.named_modules())
     for key in layers:
         if isinstance(key, str) and key not in modules:
             near = [name for name in modules if name.rpartition(".")[2] == key.rpartition(".")[2]]
-            raise InvalidMethod(
+            raise InvalidArgument(
                 f"substitute_layers: the model has no module '{key}'"
                 + (f"; did you mean {', '.join(map(repr, near[:4]))}?" if near else ".")
             )
@@ -107,7 +108,7 @@ def _choose(model: nn.Module, layers: Layers) -> dict[str, Method]:
         if method is not None:
             chosen[name] = method
     if not chosen and any(method is not None for method in layers.values()):
-        raise InvalidMethod("substitute_layers: nothing in the model matches, so nothing would be quantized.")
+        raise InvalidArgument("substitute_layers: nothing in the model matches, so nothing would be quantized.")
     return chosen
 
 

@@ -15,14 +15,15 @@ from torch.ao.quantization import (
     QConfigMapping,
 )
 
-from dqa_plugins.errors import InvalidMethod, NotAMethod
+from dqa_plugins.errors import NotAMethod
 from dqa_plugins.host.skip import check_skip
-from dqa_plugins.methods import DQA, DenseSparse, Direct, Method, NoisyQuant, check_method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import DQA, DenseSparse, Direct, NoisyQuant, check_method
+from dqa_plugins.options import WeightScheme, check_weights
 from dqa_plugins.prediction import QPP
 
 from .observer import FXObserver
 
-WEIGHT_SCHEMES = ("channel", "qpp")
 SKIP = "skip:"  # in front of a name among those of modules: one of `skip`
 
 
@@ -63,7 +64,7 @@ class _WeightRange(MinMaxObserver):
         return super().forward(x_orig)
 
 
-def weight_constructor(weight_bits: int | None, weight_scheme: str, channel_axis: int = 0) -> Any:
+def weight_constructor(weight_bits: int | None, weight_scheme: WeightScheme, channel_axis: int = 0) -> Any:
     """What FX calls to observe a weight.
 
     Args:
@@ -73,17 +74,12 @@ def weight_constructor(weight_bits: int | None, weight_scheme: str, channel_axis
         channel_axis: of the output channels in the weight.
 
     Raises:
-        InvalidMethod: other values.
+        InvalidArgument: other values.
     """
-    if weight_scheme not in WEIGHT_SCHEMES:
-        raise InvalidMethod(f"weight_scheme={weight_scheme!r}: one of {', '.join(map(repr, WEIGHT_SCHEMES))}.")
+    check_weights("weight_bits and weight_scheme", weight_bits, weight_scheme)
     if weight_bits is None:
         # NoopObserver(qint8) and weight=None both fail in prepare_fx (torch 2.13): a float32 placeholder passes
         return _FloatWeight.with_args(dtype=torch.float32)
-    if not isinstance(weight_bits, int) or isinstance(weight_bits, bool) or not 2 <= weight_bits <= 8:
-        raise InvalidMethod(
-            f"weight_bits={weight_bits!r}: an integer from 2 to 8 (FX holds weights as qint8), or None for float."
-        )
     if weight_scheme == "qpp":
         half = 2 ** (weight_bits - 1)
         return FakeQuantize.with_args(
@@ -112,7 +108,7 @@ def _activation(method: Method) -> Any:
 
 
 def get_qconfig(
-    method: Method, *, weight_bits: int | None = 8, weight_scheme: str = "channel", weight_axis: int = 0
+    method: Method, *, weight_bits: int | None = 8, weight_scheme: WeightScheme = "channel", weight_axis: int = 0
 ) -> QConfig:
     """The method as a QConfig, for QConfigMapping's own set_module_name, set_object_type and so on.
 
@@ -122,7 +118,7 @@ def get_qconfig(
         weight_axis: axis of the output channels in the weight (1 for ConvTranspose).
 
     Raises:
-        NotAMethod, InvalidMethod.
+        NotAMethod, InvalidArgument.
     """
     return QConfig(activation=_activation(method), weight=weight_constructor(weight_bits, weight_scheme, weight_axis))
 
@@ -131,7 +127,7 @@ def get_qconfig_mapping(
     method: Method | None,
     *,
     weight_bits: int | None = 8,
-    weight_scheme: str = "channel",
+    weight_scheme: WeightScheme = "channel",
     skip: Iterable[str] = (),
 ) -> PluginQConfigMapping:
     """The method for a whole model, as a QConfigMapping for prepare_fx and prepare_qat_fx.
@@ -143,7 +139,7 @@ def get_qconfig_mapping(
             such layers), or names of modules to leave float.
 
     Raises:
-        NotAMethod, InvalidMethod.
+        NotAMethod, InvalidArgument.
     """
     mapping = PluginQConfigMapping(skip)
     if method is None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from dqa_plugins.host.quantize import calibration_calls, run_calibration, split_methods
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 
 from .config import get_qconfig, get_qconfig_mapping
 
@@ -35,7 +35,7 @@ def quantize_model(
         inputs: a function item -> inputs, where those are not clear.
 
     Raises:
-        NotAMethod, InvalidMethod, UncalibratedQuantizer.
+        NotAMethod, InvalidArgument, UncalibratedQuantizer.
         UnsupportedInput: the model is quantized already.
     """
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import FrameworkMismatch
 from dqa_plugins.host.convert import convert_site, run_switched
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 
 

@@ -29,7 +29,7 @@ from dqa_plugins.host.quantize import require_float
 from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.sites import Summary, keep_summary, summaries
 from dqa_plugins.host.skip import resolve_skip
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.qpp.edges import prepare_graph
 from dqa_plugins.sites import iter_quantizers
 
@@ -301,7 +301,7 @@ def layers_to_skip(model: GraphModule, skip: tuple[str, ...]) -> list[str]:
     """Module names of "first", "last" and plain names, in a fused model.
 
     Raises:
-        InvalidMethod: a name is no module of the model.
+        InvalidArgument: a name is no module of the model.
     """
     layers = [
         str(node.target)

@@ -24,7 +24,7 @@ from dqa_plugins.errors import UnsupportedCombination
 from dqa_plugins.host.placement import Placement
 from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.sites import keep_summary
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.qpp import connect, fit
 
 from .describe import describe

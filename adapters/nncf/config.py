@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from dqa_plugins.errors import DQAError, InvalidMethod, UnsupportedCombination
-from dqa_plugins.methods import METHODS, Method, method_from_dict
+from dqa_plugins.method import Method
+from dqa_plugins.methods import METHODS, method_from_dict
 
 
 class InvalidConfig(DQAError, ValueError):

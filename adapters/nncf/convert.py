@@ -20,9 +20,9 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWra
 from nncf.torch.function_hook.statistics.aggregator import PT2StatisticsAggregator
 from torch import nn
 
-from dqa_plugins.errors import DQAWarning, InvalidMethod, UncalibratedQuantizer, UnsupportedInput
+from dqa_plugins.errors import DQAWarning, InvalidArgument, UncalibratedQuantizer, UnsupportedInput
 from dqa_plugins.host.quantize import calibration_calls, require_float, split_methods
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.qpp import link
 from dqa_plugins.report.placement import PlacementReport, report_of
 
@@ -87,13 +87,13 @@ def quantize_model(
         inputs: a function item -> inputs, where those are not clear.
 
     Raises:
-        NotAMethod, InvalidMethod, UnsupportedCombination, UncalibratedQuantizer.
+        NotAMethod, InvalidArgument, UnsupportedCombination, UncalibratedQuantizer.
         InvalidConfig: a name is neither a site nor a module.
     """
     if weight_bits not in (None, 8) or isinstance(weight_bits, bool):
-        raise InvalidMethod(
-            f"weight_bits={weight_bits!r}: NNCF's post-training quantization takes 8-bit weights, or None for float; "
-            "for others use the FX adapter."
+        raise InvalidArgument(
+            f"quantize_model(weight_bits={weight_bits!r}): NNCF's post-training quantization takes 8-bit "
+            "weights, or None for float; for others use the FX adapter."
         )
     calls, example = calibration_calls(model, calibration, inputs, example_inputs)
     everywhere, named = split_methods(method)

@@ -17,7 +17,8 @@ from nncf.quantization.algorithms.min_max.algorithm import MinMaxQuantization
 from dqa_plugins.errors import FrameworkMismatch, InvalidMethod, UnsupportedCombination
 from dqa_plugins.host import hooks
 from dqa_plugins.host.hooks import MARK, Hook
-from dqa_plugins.methods import METHODS, Method, check_method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import METHODS, check_method
 
 from .algorithm import ActivationQuantization, Plan
 from .config import check

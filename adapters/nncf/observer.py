@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination
-from dqa_plugins.methods import Method, method_from_dict, method_to_dict
+from dqa_plugins.method import Method
+from dqa_plugins.methods import method_from_dict, method_to_dict
 from dqa_plugins.qpp import Forwards, Session
 from dqa_plugins.qpp.session import end
 from dqa_plugins.quantizer import ActivationQuantizer

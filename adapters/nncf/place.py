@@ -25,7 +25,7 @@ from dqa_plugins.graph.operations import Operation
 from dqa_plugins.host.placement import Group, Placement, judge
 from dqa_plugins.host.placement import Site as JudgedSite
 from dqa_plugins.host.quantize import methods_by_name
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 
 from .config import InvalidConfig
 from .describe import Described, Tensor

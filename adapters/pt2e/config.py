@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from dqa_plugins.errors import InvalidMethod, UnsupportedCombination
+from dqa_plugins.errors import InvalidArgument, UnsupportedCombination
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.graph.readers import geometry, next_linear
 from dqa_plugins.host.patterns import Pattern
@@ -18,7 +18,9 @@ from dqa_plugins.host.placement import PLACEMENT, Group, Placement, Site
 from dqa_plugins.host.quantize import require_float
 from dqa_plugins.host.settings import warn_idle
 from dqa_plugins.host.skip import check_skip, resolve_skip, within
-from dqa_plugins.methods import Method, check_method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import check_method
+from dqa_plugins.options import WeightScheme, check_weights
 
 from .host import (
     ANNOTATION,
@@ -35,10 +37,9 @@ from .sharing import Placed, Shared
 logger = logging.getLogger(__name__)
 
 _ADVICE = ", and whether another Quantizer took them all (put this one first)"
-WEIGHT_SCHEMES = ("channel", "qpp")
 
 
-def weight_spec(weight_bits: int | None, weight_scheme: str, channel_axis: int = 0) -> Any:
+def weight_spec(weight_bits: int | None, weight_scheme: WeightScheme, channel_axis: int = 0) -> Any:
     """torchao's QuantizationSpec of a weight.
 
     Args:
@@ -48,17 +49,11 @@ def weight_spec(weight_bits: int | None, weight_scheme: str, channel_axis: int =
         channel_axis: of the output channels in the weight.
 
     Raises:
-        InvalidMethod: other values.
+        InvalidArgument: other values.
     """
-    if weight_scheme not in WEIGHT_SCHEMES:
-        raise InvalidMethod(f"weight_scheme={weight_scheme!r}: one of {', '.join(map(repr, WEIGHT_SCHEMES))}.")
+    check_weights("weight_bits and weight_scheme", weight_bits, weight_scheme)
     if weight_bits is None:
         return None
-    if not isinstance(weight_bits, int) or isinstance(weight_bits, bool) or not 2 <= weight_bits <= 8:
-        raise InvalidMethod(
-            f"weight_bits={weight_bits!r}: an integer from 2 to 8 (convert_pt2e folds weights to int8), or None for "
-            "float."
-        )
     half = 2 ** (weight_bits - 1)
     if weight_scheme == "qpp":
         constructor = PT2EWeight.with_args(observer=WeightRange)
@@ -86,10 +81,12 @@ class PluginQuantizer(Quantizer):
             such layers), or names of modules to leave float.
 
     Raises:
-        InvalidMethod, NotAMethod; an unknown name when the model is prepared.
+        InvalidArgument, NotAMethod; an unknown name when the model is prepared.
     """
 
-    def __init__(self, weight_bits: int | None = 8, weight_scheme: str = "channel", skip: Iterable[str] = ()) -> None:
+    def __init__(
+        self, weight_bits: int | None = 8, weight_scheme: WeightScheme = "channel", skip: Iterable[str] = ()
+    ) -> None:
         super().__init__()
         weight_spec(weight_bits, weight_scheme)
         self.weight_bits, self.weight_scheme, self.skip = weight_bits, weight_scheme, check_skip(skip)
@@ -111,14 +108,14 @@ class PluginQuantizer(Quantizer):
         name of the last module about the quantizer behind.
         """
         if not isinstance(name, str):
-            raise InvalidMethod(f"set_module_name({name!r}): give the qualified name of a module or site.")
+            raise InvalidArgument(f"set_module_name({name!r}): give the qualified name of a module or site.")
         self._names[name] = None if method is None else check_method(method, f"set_module_name({name!r})")
         return self
 
     def set_module_type(self, kind: type[nn.Module], method: Method | None) -> PluginQuantizer:
         """The method for all modules of a class and what is called inside them; None: float."""
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise InvalidMethod(f"set_module_type({kind!r}): give a class of modules, such as torch.nn.Conv2d.")
+            raise InvalidArgument(f"set_module_type({kind!r}): give a class of modules, such as torch.nn.Conv2d.")
         key = f"{kind.__module__}.{kind.__qualname__}"
         self._types[key] = None if method is None else check_method(method, f"set_module_type({kind.__name__})")
         return self
@@ -129,7 +126,7 @@ class PluginQuantizer(Quantizer):
         """Annotate the graph; called by torchao's prepare.
 
         Raises:
-            InvalidMethod: a name given to `skip` or set_module_name is nowhere in the model.
+            InvalidArgument: a name given to `skip` or set_module_name is nowhere in the model.
             UnsupportedCombination: a batch norm was exported in training mode, or torchao quantizes no such weight.
         """
         require_float(model, "PluginQuantizer")
@@ -199,9 +196,9 @@ def _has_weight(operation: Operation) -> bool:
     return operation.name.startswith(("conv", "linear", "embedding"))
 
 
-def _unknown(name: str, operations: list[Operation]) -> InvalidMethod:
+def _unknown(name: str, operations: list[Operation]) -> InvalidArgument:
     paths = sorted({op.path for op in operations if op.how == "module"})
-    return InvalidMethod(
+    return InvalidArgument(
         f"set_module_name({name!r}): no module or site of the model; modules are {', '.join(paths[:8])}, ..."
     )
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from dqa_plugins.batches import Call
 from dqa_plugins.host.quantize import calibration_calls, run_calibration, split_methods
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 
 from .config import PluginQuantizer
 
@@ -41,7 +41,7 @@ def quantize_model(
         inputs: a function item -> inputs, where those are not clear.
 
     Raises:
-        NotAMethod, InvalidMethod, UncalibratedQuantizer.
+        NotAMethod, InvalidArgument, UncalibratedQuantizer.
         UnsupportedInput: the model is quantized already.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e

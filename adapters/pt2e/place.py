@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from dqa_plugins.graph.operations import Operation, Value
 from dqa_plugins.host.placement import Placement, Site, judge
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 
 from .names import Unit, named_units
 

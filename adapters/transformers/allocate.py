@@ -1,8 +1,9 @@
 """Steps by sensitivity: each channel of the keys and values gets the step that costs the model's loss least.
 
-An error of variance step^2 / 12 in a channel moves the loss by about its mean squared gradient times that, and halving
-a step costs one bit whatever the channel: at the optimum step * sqrt(mean squared gradient) is one number for all
-channels of all layers (as in `dqa_plugins.storage.allocation`). Here steps are not tied to powers of two of a scale.
+An error e of a head moves the loss by about e' F e / 2, with F the mean outer product of the loss's gradients (the
+empirical Fisher information). With F = R' R, R upper triangular, channel j costs R_jj^2 times the error that is left of
+it once the others are made up for (`dqa_plugins.kernels.feedback`), and halving a step costs one bit whatever the
+channel: at the optimum step * R_jj is one number for all channels of all layers. Steps are not tied to powers of two.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqa_plugins.errors import InvalidMethod
+from dqa_plugins.errors import InvalidArgument
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.rounding import power_of_two
 from dqa_plugins.storage.coder.histograms import entropy_bits
 
 from .settings import TensorSettings
-from .tables import coded_bits, codes_of, shared_codebooks
+from .tables import coded_bits, codes_of, sample, shared_codebooks
 
 _ROUNDS = 4  # corrections of the order-0 estimate by the tables that are really made
 _STEPS = 12  # bisection steps
@@ -31,7 +32,7 @@ _TOKENS = 256  # of the estimate
 def allocate_steps(
     tensors: Sequence[TensorSettings],
     rows: Sequence[Tensor],
-    sensitivities: Sequence[Tensor],
+    factors: Sequence[Tensor],
     target: float,
     block: int,
 ) -> list[TensorSettings]:
@@ -40,15 +41,16 @@ def allocate_steps(
     Args:
         tensors: static, per channel.
         rows: (C, T) calibration values of each.
-        sensitivities: (C,) mean squared gradient of each.
+        factors: (H, D, D), R of each head.
         target: bits per value, without tables.
         block: tokens of a block.
 
     Raises:
-        InvalidMethod: the target cannot be met.
+        InvalidArgument: the target cannot be met.
     """
-    # a channel that the text never moved has no gradient, and no reason for a step either
-    roots = [s.clamp(min=float(s.mean()) * 1e-6 + 1e-30).sqrt() for s in sensitivities]
+    roots = [r.diagonal(dim1=1, dim2=2) for r in factors]
+    fed = [(r / d[..., None]).mT.tril(-1).float().contiguous() for r, d in zip(factors, roots, strict=True)]
+    tensors = [replace(t, feedback=f) for t, f in zip(tensors, fed, strict=True)]
     few = [r[:, :: max(1, r.shape[1] // _TOKENS)] for r in rows]
 
     def estimate(level: float) -> float:
@@ -62,20 +64,21 @@ def allocate_steps(
             middle = (low + high) / 2
             low, high = (middle, high) if estimate(middle) + beyond > target else (low, middle)
         made = shared_codebooks(_with_steps(tensors, roots, high), rows, block)
-        measured = coded_bits(made, [r[:, -1024:] for r in rows], block)
+        measured = coded_bits(made, [sample(r, 1024, block) for r in rows], block)
         if abs(measured - target) < miss:
             best, miss = made, abs(measured - target)
         if miss < 0.01 * target:
             break
         beyond = measured - estimate(high)
     if best is None or miss > 0.1 * target:
-        raise InvalidMethod(f"target_bits={target}: the nearest that steps can come is {miss:.2f} bits off.")
+        raise InvalidArgument(f"target_bits={target}: the nearest that steps can come is {miss:.2f} bits off.")
     return best
 
 
 def _with_steps(tensors: Sequence[TensorSettings], roots: Sequence[Tensor], level: float) -> list[TensorSettings]:
-    """The tensors with steps 2^level / root."""
-    return [replace(t, quantizer=_with_step(t, (2.0**level / r).float())) for t, r in zip(tensors, roots, strict=True)]
+    """The tensors with steps 2^level / root, roots (H, D) each."""
+    steps = [(2.0**level / r).float().flatten() for r in roots]
+    return [replace(t, quantizer=_with_step(t, step)) for t, step in zip(tensors, steps, strict=True)]
 
 
 def _with_step(t: TensorSettings, step: Tensor) -> ActivationQuantizer:

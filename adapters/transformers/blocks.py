@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dqa_plugins.storage.coder import engine
 from dqa_plugins.storage.coder.segments import BlockCoder, Segment, appended, part
 from dqa_plugins.storage.format.data import cut
 from dqa_plugins.storage.packed import PackedActivation
 from dqa_plugins.storage.packing import pack
 
+from .rotary import Turn, rotated
 from .settings import TensorSettings
 
 # of one sequence, oldest first. Tensors on the CPU with a step per channel are segments, all others are frames
@@ -33,22 +33,21 @@ class BlockStore:
         self.settings, self.block, self.coder = settings, block, coder
         self.heads, self.width, self.name = settings.heads, settings.width, settings.quantizer.name
 
-    def pack(self, x: Tensor) -> list[Blocks]:
-        """Blocks of each sequence of x, (B, H, n * block, D)."""
+    def pack(self, x: Tensor, turn: Turn) -> list[Blocks]:
+        """Blocks of each sequence of x, (B, H, n * block, D), whose tokens are rotated by these angles."""
         s = self.settings
-        centers = s.center.to(x.device).view(self.heads, 1, self.width)
-        # (B, n, H, block, D)
-        y = (x.float() - centers).unflatten(2, (-1, self.block)).movedim(2, 1)
+        y = rotated(x.float().transpose(2, 3), turn, back=True).flatten(1, 2) - s.center.to(x.device)[:, None]
+        y = y.unflatten(2, (-1, self.block)).transpose(1, 2).contiguous()  # (B, n, C, block)
+        rows = [s.rounded(row) for row in y]
         if self.coder is not None and x.device.type == "cpu":
-            rows = y.transpose(3, 4).flatten(2, 3).contiguous()
             return [(self.coder.encode(row),) for row in rows]
-        return [tuple(pack(self._as_seen(b), s.quantizer, codebook=s.book) for b in row) for row in y]
+        return [tuple(pack(self._as_seen(b), s.quantizer, codebook=s.book) for b in row) for row in rows]
 
     def _as_seen(self, block: Tensor) -> Tensor:
-        """(H, block, D) as the quantizer takes it."""
+        """(C, block) as the quantizer takes it."""
         if self.settings.by_channel:
-            return block.transpose(1, 2).flatten(0, 1).unsqueeze(0)
-        return block.transpose(0, 1).reshape(-1, self.width)
+            return block.unsqueeze(0)
+        return block.unflatten(0, (self.heads, self.width)).permute(2, 0, 1).flatten(0, 1)
 
     def append(self, blocks: Blocks, more: Blocks) -> Blocks:
         """Blocks of a sequence, and the ones behind them."""
@@ -66,8 +65,11 @@ class BlockStore:
             at += count
         return tuple(found)  # type: ignore[return-value]
 
-    def reads(self, rows: Sequence[Blocks], first: int, out: Tensor, at: int) -> list[Callable[[], None]]:
+    def reads(self, rows: Sequence[Blocks], first: int, out: Tensor, at: int, turn: Turn) -> list[Callable[[], None]]:
         """Pieces of work that write the blocks from `first` on into out, (B, H, T, D), from token `at`.
+
+        Args:
+            turn: angles of the tokens of all blocks, the skipped ones included.
 
         They may run in any order, in several threads, and raise CorruptFrame where data contradict themselves.
         """
@@ -78,29 +80,31 @@ class BlockStore:
                 count, skip = blocks_in(b), max(0, first - number)
                 if skip < count:
                     start = at + (number + skip - first) * self.block
-                    found.append(functools.partial(self._read, b, skip, target, start, count - skip))
+                    own = turn.behind((number + skip) * self.block)
+                    found.append(functools.partial(self._read, b, skip, count - skip, target, start, own))
                 number += count
         return found
 
-    def _read(self, b: Segment | PackedActivation, skip: int, target: Tensor, start: int, count: int) -> None:
+    def _read(
+        self, b: Segment | PackedActivation, skip: int, count: int, target: Tensor, start: int, turn: Turn
+    ) -> None:
         if isinstance(b, PackedActivation):
-            target[:, start : start + self.block] = self._unpacked(b)
+            target[:, start : start + self.block] = rotated(self._unpacked(b), turn).transpose(1, 2)
             return
         direct = target.dtype == torch.float32
         values = target if direct else torch.empty(self.heads, count * self.block, self.width)
-        assert self.coder is not None  # segments come from it
-        self.coder.decode(b, skip, self.settings.center, values, start if direct else 0)
+        self.coder.decode(b, skip, self.settings.center, turn, values, start if direct else 0)  # type: ignore[union-attr]
         if not direct:
             target[:, start : start + values.shape[1]] = values
 
     def _unpacked(self, frame: PackedActivation) -> Tensor:
-        """(H, block, D)."""
+        """(H, D, block), the rotation still to be done."""
         y = frame.unpack()
         if self.settings.by_channel:
-            y = y.view(self.heads, self.width, self.block).transpose(1, 2)
+            y = y.view(self.heads, self.width, self.block)
         else:
-            y = y.view(self.block, self.heads, self.width).transpose(0, 1)
-        return y + self.settings.center.to(y.device).view(self.heads, 1, self.width)
+            y = y.view(self.block, self.heads, self.width).permute(1, 2, 0)
+        return y + self.settings.center.to(y.device).view(self.heads, self.width, 1)
 
     # ------------------------------------------------------------ as bytes
 
@@ -122,16 +126,11 @@ class BlockStore:
             if self.coder is not None and device.type == "cpu":
                 blocks = self.append(blocks, (self.coder.read(section),))
                 continue
-            shape = self._as_seen(torch.empty(self.heads, self.block, self.width, device="meta")).shape
+            shape = self._as_seen(torch.empty(self.heads * self.width, self.block, device="meta")).shape
             frame = PackedActivation(tuple(shape), torch.float32, self.settings.book, section.to(device))
             cut(frame)
             blocks = self.append(blocks, (frame,))
         return blocks
-
-
-def run(work: Sequence[Callable[[], None]]) -> None:
-    """Do pieces of work, several at a time."""
-    engine.share(lambda i: work[i](), len(work), engine.get_threads())
 
 
 def blocks_in(b: Segment | PackedActivation) -> int:

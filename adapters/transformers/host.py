@@ -49,12 +49,10 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     return [settings.get("sliding_window") for settings in keywords]
 
 
-def rotary_width(config: PreTrainedConfig, width: int) -> int:
-    """Components of a key of so many that its position rotates: the first ones, d together with d + half of them."""
-    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None)
-    if not rope:
-        return 0
-    return int(width * float(rope.get("partial_rotary_factor", 1.0))) // 2 * 2
+def frequencies(model: PreTrainedModel) -> list[tuple[float, ...]]:
+    """Those of a model's rotary embeddings, radians per token: one tuple for each kind that there is."""
+    buffers = (b for name, b in model.named_buffers() if name.endswith("inv_freq") and b.ndim == 1)
+    return sorted({tuple(b.double().tolist()) for b in buffers})
 
 
 __all__ = [
@@ -64,7 +62,7 @@ __all__ = [
     "DynamicCache",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "frequencies",
     "identity",
-    "rotary_width",
     "sliding_windows",
 ]

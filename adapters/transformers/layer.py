@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from dqa_plugins.errors import ChannelMismatch, NonFiniteInput, UnsupportedCombination
+from dqa_plugins.storage.coder import engine
 
-from .blocks import Blocks, BlockStore, run
+from .blocks import Blocks, BlockStore
 from .host import CacheLayerMixin
+from .rotary import Turn
 from .workspace import Workspace
 
 Pair = tuple[Tensor, Tensor]
@@ -197,15 +199,22 @@ class PackedLayer(CacheLayerMixin):
             out[:, :, -x.shape[2] - state.tail[part].shape[2] : -x.shape[2]] = state.tail[part]
             out[:, :, -x.shape[2] :] = x
             found.append(out)
-        run(self._reads(state.rows, first, found, start))
+        engine.run_all(self._reads(state, first, found, start))
         return found[0][:, :, skipped - dropped :], found[1][:, :, skipped - dropped :]
 
-    def _reads(self, rows: tuple[tuple[Blocks, Blocks], ...], first: int, out: list[Tensor], at: int) -> list[Any]:
+    def _reads(self, state: State, first: int, out: list[Tensor], at: int) -> list[Any]:
         """What writes the blocks from `first` on into keys and values, from token `at`."""
         found = []
         for part, store in enumerate(self.stores):
-            found += store.reads([row[part] for row in rows], first, out[part].detach(), at)
+            turn = self._turn(state, part, state.blocks)
+            found += store.reads([row[part] for row in state.rows], first, out[part].detach(), at, turn)
         return found
+
+    def _turn(self, state: State, part: int, blocks: int) -> Turn:
+        """Angles of the tokens of a state's blocks, and of those behind them that become the next ones."""
+        block = self.stores[0].block
+        first = state.length - state.tail[0].shape[2] - state.blocks * block
+        return self.workspace.turn(self.stores[part].settings.turns, first, blocks * block)
 
     def _pack(self, state: State, new: Pair) -> State:
         """The state with the new tokens."""
@@ -222,7 +231,9 @@ class PackedLayer(CacheLayerMixin):
             count = max(0, (state.tail[0].shape[2] - self.window) // block)
             rows = state.rows
             if count:
-                packed = [s.pack(x[:, :, : count * block]) for s, x in zip(self.stores, state.tail, strict=True)]
+                turns = [self._turn(state, part, state.blocks + count).behind(state.blocks * block) for part in (0, 1)]
+                each = zip(self.stores, state.tail, turns, strict=True)
+                packed = [s.pack(x[:, :, : count * block], turn) for s, x, turn in each]
                 rows = tuple(
                     (self.stores[0].append(row[0], packed[0][i]), self.stores[1].append(row[1], packed[1][i]))
                     for i, row in enumerate(rows)
@@ -261,7 +272,7 @@ class PackedLayer(CacheLayerMixin):
         left = max(0, blocks * block - count - kept * block)
         tokens = (blocks - kept) * block
         whole = [x.new_empty((len(rows), s.heads, tokens, s.width)) for x, s in zip(tail, self.stores, strict=True)]
-        run(self._reads(rows, kept, whole, 0))
+        engine.run_all(self._reads(state, kept, whole, 0))
         rest = [x[:, :, :left].clone() for x in whole]
         short = tuple((self.stores[0].part(k, 0, kept), self.stores[1].part(v, 0, kept)) for k, v in rows)
         return State(head, short, (rest[0], rest[1]), kept, length)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dqa_plugins.errors import InvalidMethod, StateMismatch
+from dqa_plugins.errors import InvalidArgument, StateMismatch
 from dqa_plugins.methods import method_from_dict, method_to_dict
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.storage.coder.engine import KernelPlan
@@ -29,8 +31,9 @@ from dqa_plugins.storage.tables import check_codebook
 from .host import PreTrainedConfig, identity
 
 CONFIG, TENSORS = "cache.json", "cache.safetensors"
-_SCHEMA = "dqa_plugins.cache_settings.1"
+_SCHEMA = "dqa_plugins.cache_settings.2"
 _PARTS = ("keys", "values")
+OFFSET = 0.45  # with feedback a magnitude is rounded up from 0.55 of a step: entropy falls by more than the error grows
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,8 @@ class TensorSettings:
         center: (C,) float32, subtracted before quantization.
         book: entropy tables.
         heads, width: H and D.
+        turns: radians per token by which the rotation of keys is undone before anything else; see `rotary`.
+        feedback: (H, D, D) float32, see `kernels.feedback`; empty: each value is rounded by itself.
     """
 
     quantizer: ActivationQuantizer
@@ -50,6 +55,25 @@ class TensorSettings:
     book: Codebook
     heads: int
     width: int
+    turns: tuple[float, ...] = ()
+    feedback: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def rounded(self, y: Tensor) -> Tensor:
+        """(n, C, T) float32 values, centred, at multiples of their steps if errors are fed back; else unchanged."""
+        if not self.feedback.numel():
+            return y
+        from dqa_plugins.kernels.feedback import round_block
+
+        shape, grid = (self.heads, self.width), self.quantizer.static_grid
+        step, high = (
+            torch.as_tensor(part).float().expand(grid.step.shape).reshape(shape).numpy()
+            for part in (grid.step, grid.high)
+        )
+        out = y.cpu().unflatten(1, shape).clone(memory_format=torch.contiguous_format)
+        errors = np.empty(out.shape[2:], np.float32)
+        for block in out.numpy():
+            round_block(block, step, high, self.feedback.numpy(), OFFSET, errors)
+        return out.flatten(1, 2).to(y.device)
 
     @property
     def by_channel(self) -> bool:
@@ -75,7 +99,7 @@ class CacheSettings:
         first: first tokens that stay float (attention sinks: Xiao et al., 2024).
 
     Raises:
-        InvalidMethod: window, block or first is out of range.
+        InvalidArgument: window, block or first is out of range.
     """
 
     model: Mapping[str, str]
@@ -89,7 +113,7 @@ class CacheSettings:
         for name, low in (("window", 0), ("block", 1), ("first", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= 2**20:
-                raise InvalidMethod(f"{name}={value!r}: a number of tokens from {low} to {2**20}.")
+                raise InvalidArgument(f"{name}={value!r}: a number of tokens from {low} to {2**20}.")
 
     def replace(self, **fields: Any) -> CacheSettings:
         """A copy with another window, block or first."""
@@ -116,8 +140,9 @@ class CacheSettings:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for all caches together: steps, centres, codebooks, and the tables that are made of them."""
-        total = sum(len(write_codebook(t.book)) + t.center.nbytes for layer in self.layers for t in layer)
+        """Bytes held for all caches together: steps, centres, feedback, codebooks, and the tables made of them."""
+        every = [t for layer in self.layers for t in layer]
+        total = sum(len(write_codebook(t.book)) + t.center.nbytes + t.feedback.nbytes for t in every)
         plans = [coder.plan for coder in self.coders.values()]
         tables = {id(array): array.nbytes for p in plans for array in (p.encoders, p.decoders)}
         return total + sum(tables.values()) + sum(p.channels.nbytes + p.groups.nbytes for p in plans)
@@ -156,11 +181,12 @@ class CacheSettings:
             for part, t in zip(_PARTS, layer, strict=True):
                 prefix = f"{i}.{part}."
                 book = torch.frombuffer(bytearray(write_codebook(t.book)), dtype=torch.uint8)
-                tensors |= {prefix + "center": t.center, prefix + "book": book}
+                tensors |= {prefix + "center": t.center, prefix + "book": book, prefix + "feedback": t.feedback}
                 state = {k: v for k, v in t.quantizer.state_dict().items() if v.numel()}
                 tensors |= {f"{prefix}quantizer.{k}": v.contiguous() for k, v in state.items()}
             method = method_to_dict(layer[0].quantizer.method)
-            described["layers"].append({"method": method, "heads": layer[0].heads, "width": layer[0].width})
+            sizes = {"heads": layer[0].heads, "width": layer[0].width}
+            described["layers"].append({"method": method, **sizes, "turns": [list(t.turns) for t in layer]})
         return described, tensors
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -206,7 +232,7 @@ class CacheSettings:
 def _load_layer(i: int, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     found = []
     heads, width = int(described["heads"]), int(described["width"])
-    for part in _PARTS:
+    for part, turns in zip(_PARTS, described["turns"], strict=True):
         prefix = f"{i}.{part}."
         quantizer = ActivationQuantizer(method_from_dict(described["method"]), name=f"{i}.{part}")
         state = {k.removeprefix(prefix + "quantizer."): v for k, v in tensors.items() if k.startswith(prefix + "quant")}
@@ -218,7 +244,13 @@ def _load_layer(i: int, described: Mapping[str, Any], tensors: Mapping[str, Tens
             raise StateMismatch(f"{prefix[:-1]}: {quantizer.state} quantizer, centre of {tuple(center.shape)}.")
         if not bool(torch.isfinite(center).all()) or quantizer.num_channels not in (None, heads * width, width):
             raise StateMismatch(f"{prefix[:-1]}: its centre is not finite, or its channels are not {heads} x {width}.")
-        found.append(TensorSettings(quantizer, center, book, heads, width))
+        feedback, turns = tensors[prefix + "feedback"], tuple(float(f) for f in turns)
+        fits = feedback.numel() == 0 or (feedback.shape == (heads, width, width) and feedback.dtype == torch.float32)
+        if not fits or not bool(torch.isfinite(feedback).all()) or not all(map(math.isfinite, turns)):
+            raise StateMismatch(f"{prefix[:-1]}: feedback of shape {tuple(feedback.shape)}, or not finite.")
+        if 2 * len(turns) > width:
+            raise StateMismatch(f"{prefix[:-1]}: {len(turns)} rotations of {width} components.")
+        found.append(TensorSettings(quantizer, center, book, heads, width, turns, feedback))
     return tuple(found)
 
 

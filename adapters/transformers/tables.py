@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,14 +23,20 @@ from .settings import CacheSettings, TensorSettings
 
 TABLES = 8  # at most, for each code width
 _ROUNDS = 8  # of Lloyd's algorithm
-_TOKENS = 512  # neighbours that words are counted on
+_TOKENS = 1024  # that words are counted on
 _SYMBOLS = 1024  # of a block for each table: a chunk has lengths to keep, whatever its size
 
 
 def codes_of(t: TensorSettings, rows: Tensor) -> Tensor:
     """(C, T) codes of (C, T) values."""
-    grid = t.quantizer.grid(rows.unsqueeze(0))
-    return grid.codes((rows - t.center[:, None]).unsqueeze(0))[0].long()
+    y = t.rounded((rows - t.center[:, None]).unsqueeze(0))
+    return t.quantizer.grid(y).codes(y)[0].long()
+
+
+def sample(rows: Tensor, tokens: int, block: int) -> Tensor:
+    """(C, about `tokens`) of (C, T): whole blocks, from all over the text."""
+    blocks = [b for b in rows.split(block, 1) if b.shape[1] == block] or [rows]
+    return torch.cat(blocks[:: max(1, len(blocks) * block // tokens)], 1)
 
 
 def shared_codebooks(tensors: Sequence[TensorSettings], rows: Sequence[Tensor], block: int) -> list[TensorSettings]:
@@ -42,7 +49,7 @@ def shared_codebooks(tensors: Sequence[TensorSettings], rows: Sequence[Tensor], 
     """
     most = min(TABLES, max(1, min(map(len, rows)) * block // _SYMBOLS))
     books = [build_codebook(t.quantizer, "none", None) for t in tensors]
-    codes = [codes_of(t, r[:, :_TOKENS]).numpy() for t, r in zip(tensors, rows, strict=True)]
+    codes = [codes_of(t, sample(r, _TOKENS, block)).numpy() for t, r in zip(tensors, rows, strict=True)]
     members: dict[tuple[bool, int], list[tuple[int, int]]] = {}
     for i, book in enumerate(books):
         for g in book.groups:
@@ -95,6 +102,6 @@ def coded_bits(tensors: Sequence[TensorSettings], rows: Sequence[Tensor], block:
     for t, r in zip(tensors, rows, strict=True):
         count = r.shape[1] // block
         y = (r - t.center[:, None])[:, : count * block].unflatten(1, (count, block)).transpose(0, 1).contiguous()
-        held += coders[t.quantizer.name].encode(y).nbytes
+        held += coders[t.quantizer.name].encode(t.rounded(y)).nbytes
         values += y.numel()
     return 8 * held / max(values, 1)

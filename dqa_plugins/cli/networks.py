@@ -13,7 +13,8 @@ import torch
 
 from dqa_plugins.errors import InvalidArgument
 from dqa_plugins.export import to_exported_program, to_onnx, to_openvino
-from dqa_plugins.methods import METHODS, Method, method_from_dict
+from dqa_plugins.method import Method
+from dqa_plugins.methods import METHODS, method_from_dict
 from dqa_plugins.prediction import QPP
 from dqa_plugins.report import compare_methods
 

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.fx import Node
 from dqa_plugins.errors import ExportFailed, missing
 from dqa_plugins.operators import DEQUANTIZE
 
+from ..options import FileForm, check_option
 from .expand import calls, expand, integer_weights, parameter_name, plain_fake_quantize
 from .file import ExportedFile, in_one_sentence, move, target
 from .frozen import sites
@@ -45,8 +46,8 @@ def to_executorch(
     example_inputs: Any,
     path: str | os.PathLike[str],
     *,
-    backend: str = "xnnpack",
-    form: str = "float",
+    backend: Literal["xnnpack", "portable"] = "xnnpack",
+    form: FileForm = "float",
     dynamic_shapes: Any = None,
 ) -> ExportedFile:
     """Write a converted model, or a single frozen ActivationQuantizer, as an ExecuTorch program.
@@ -72,8 +73,8 @@ def to_executorch(
         ExportFailed: torch.export or ExecuTorch failed; nothing was written.
         MissingDependency: executorch is not installed.
     """
-    if backend not in BACKENDS or form not in ("float", "qdq") or (backend, form) == ("portable", "qdq"):
-        raise ExportFailed(f"backend={backend!r}, form={form!r}: 'xnnpack' (form 'float' or 'qdq') or 'portable'.")
+    check_option("to_executorch", "backend", backend, BACKENDS)
+    check_option("to_executorch", "form", form, get_args(FileForm) if backend == "xnnpack" else ("float",))
     require_executorch()
     file, written = target(path), ExportedFile(path)
     program = make_program(model, example_inputs, dynamic_batch=False, dynamic_shapes=dynamic_shapes)

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from dqa_plugins._version import __version__
 from dqa_plugins.errors import ExportFailed, missing
 from dqa_plugins.methods import method_to_dict
 
+from ..errors import InvalidArgument
+from ..options import FileForm, check_option
 from .expand import expand, integer_weights, parameter_name
 from .file import ExportedFile, in_one_sentence, move, target
 from .frozen import sites
@@ -43,7 +45,7 @@ def to_onnx(
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
     opset: int = 21,
-    form: str = "float",
+    form: FileForm = "float",
 ) -> ExportedFile:
     """Write a converted model, or a single frozen ActivationQuantizer, as an ONNX file.
 
@@ -73,9 +75,8 @@ def to_onnx(
         MissingDependency: onnx or onnxscript is not installed.
     """
     if not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
-        raise ExportFailed(f"opset={opset!r}: torch's exporter writes opset {MIN_OPSET} to {MAX_OPSET}.")
-    if form not in ("float", "qdq"):
-        raise ExportFailed(f"form={form!r}: one of 'float', 'qdq'.")
+        raise InvalidArgument(f"to_onnx(opset={opset!r}): torch's exporter writes opset {MIN_OPSET} to {MAX_OPSET}.")
+    check_option("to_onnx", "form", form, get_args(FileForm))
     _require_onnxscript()
     file, written = target(path), ExportedFile(path)
     program = make_program(model, example_inputs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from dqa_plugins.errors import ExportFailed, missing
 
+from ..options import FileForm
 from .onnx import to_onnx
 from .program import to_exported_program
 
@@ -82,7 +83,7 @@ def to_openvino(
     *,
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
-    form: str = "float",
+    form: FileForm = "float",
 ) -> Any:
     """Convert a converted model, or a single frozen ActivationQuantizer, to OpenVINO.
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from dqa_plugins.errors import UnsupportedCombination, missing
+from dqa_plugins.errors import missing
 
+from ..options import check_option
 from .executorch import executorch_method, write_pte
 from .expand import expand
 from .onnx import write_onnx
@@ -162,10 +163,9 @@ def check_backend(backend: str) -> str:
     """The name of a backend.
 
     Raises:
-        UnsupportedCombination: there is none of this name.
+        InvalidArgument: there is none of this name.
     """
-    if backend not in BACKENDS:
-        raise UnsupportedCombination(f"backend {backend!r}: one of {', '.join(map(repr, BACKENDS))}.")
+    check_option("compare_backends", "backend", backend, tuple(BACKENDS))
     return backend
 
 

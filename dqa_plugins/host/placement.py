@@ -45,7 +45,7 @@ from dqa_plugins.graph.axes import Axis, channel_axes
 from dqa_plugins.graph.constants import INTERNAL, LOGITS, masked_logits, no_activations, norm_internals
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import QUANTIZED, Operation, Value
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .patterns import Pattern, find_patterns

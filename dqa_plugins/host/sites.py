@@ -10,7 +10,7 @@ from torch import nn
 
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import Operation, Value
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .patterns import Pattern

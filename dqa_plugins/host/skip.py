@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dqa_plugins.errors import InvalidMethod
+from dqa_plugins.errors import InvalidArgument
 
 
 def check_skip(skip: Iterable[str]) -> tuple[str, ...]:
     """The user's `skip` as a tuple.
 
     Raises:
-        InvalidMethod: a bare string, whose letters would be taken for names.
+        InvalidArgument: a bare string, whose letters would be taken for names.
     """
     if isinstance(skip, str):
-        raise InvalidMethod(f"skip={skip!r}: give a tuple of names, such as ({skip!r},).")
+        raise InvalidArgument(f"skip={skip!r}: give a tuple of names, such as ({skip!r},).")
     return tuple(skip)
 
 
@@ -33,7 +33,7 @@ def resolve_skip(skip: Iterable[str], layers: Sequence[str], paths: Iterable[str
         paths: of all modules that are known.
 
     Raises:
-        InvalidMethod: a name is no module of the model.
+        InvalidArgument: a name is no module of the model.
     """
     known = list(paths)
     found: list[str] = []
@@ -45,5 +45,7 @@ def resolve_skip(skip: Iterable[str], layers: Sequence[str], paths: Iterable[str
         elif any(within(path, (item,)) for path in known):
             found.append(item)
         else:
-            raise InvalidMethod(f"skip={item!r}: the model has no such module; layers are {', '.join(layers[:8])}, ...")
+            raise InvalidArgument(
+                f"skip={item!r}: the model has no such module; layers are {', '.join(layers[:8])}, ..."
+            )
     return found

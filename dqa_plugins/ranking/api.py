@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..batches import ItemReader, Pick
 from ..digest import digest
 from ..methods import method_to_dict
+from ..options import check_option
 from ..processes import Processes
 from ..progress import Progress
 from ..quantizer import ActivationQuantizer
@@ -81,8 +82,7 @@ def rank_channels(
             within the group's timeout.
     """
     ranks = Processes()
-    if strategy not in STRATEGIES:
-        raise RankingError(f"strategy={strategy!r}: one of {', '.join(map(repr, STRATEGIES))}.")
+    check_option("rank_channels", "strategy", strategy, STRATEGIES)
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
         raise RankingError(f"memory={memory!r}: a positive number of bytes.")
     if checkpoint is not None and strategy != "greedy":

@@ -1,7 +1,8 @@
 """What was placed where, what each activation costs and loses, and which method a network needs."""
 
-from .activations import ActivationReport, SiteReport, activation_report, fixed_length_bits, kept_share
+from .activations import ActivationReport, activation_report, fixed_length_bits, kept_share
 from .comparison import Comparison, MethodRow, compare_methods
+from .measured import SiteReport
 from .placement import PlacementReport, PlacementRow, placement_report
 from .suggestion import SiteChoice, Suggestion, suggest
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from dqa_plugins.batches import Call, ItemReader, Pick
 from dqa_plugins.errors import DQAError, InvalidArgument, UnsupportedInput
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 from dqa_plugins.progress import Progress
 from dqa_plugins.sites import iter_quantizers
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dqa_plugins.batches import Call, ItemReader, Pick
 from dqa_plugins.errors import InvalidArgument, UncalibratedQuantizer
-from dqa_plugins.methods import DQA, DenseSparse, Direct, Method
+from dqa_plugins.method import Method
+from dqa_plugins.methods import DQA, DenseSparse, Direct
 from dqa_plugins.progress import Progress
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.sites import iter_quantizers

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dqa_plugins.methods import Method
+from dqa_plugins.method import Method
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Int8Quantizer(nn.Module):
 
     def _quantize(self, x: Tensor, other: Tensor | None, plans: list[ByteGrid | str]) -> Codes | None:
         """None: a value or a grid that no byte holds."""
-        from dqa_plugins.kernels import int8
+        from dqa_plugins.kernels import int8, vectors
 
         codes = torch.empty_like(x, dtype=torch.uint8)
         values = torch.empty_like(x) if self.values else None
@@ -179,13 +179,13 @@ class Int8Quantizer(nn.Module):
                 return None
             if plan.ends is not None:
                 if scratch is None:
-                    scratch = _scratch(int(x.numel() * MOST_OUTLIERS) + int8.CHUNK + int8.BLOCK)
+                    scratch = _scratch(int(x.numel() * MOST_OUTLIERS) + int8.CHUNK + vectors.BLOCK)
                 bottom, top = plan.ends
                 if flag != 2:
                     bottom = (_NONE, bottom[1])
                 last = found
                 found = int8.outliers(a, c, self.floor, *plan.keep, bottom, top, q, y, size, at, *scratch, found)
-                if not 0 <= found <= max(int8.BLOCK, x.numel() * MOST_OUTLIERS):
+                if not 0 <= found <= max(vectors.BLOCK, x.numel() * MOST_OUTLIERS):
                     return None
                 most = max(most, found - last)
         outliers = None

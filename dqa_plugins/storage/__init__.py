@@ -16,7 +16,6 @@ from .format.errors import (
     NotPackable,
     StorageError,
     TraceFailed,
-    UnknownCoding,
     UnsupportedFrame,
 )
 from .model.convert import convert_stored, prepare_stored, stored_edges
@@ -34,7 +33,6 @@ __all__ = [
     "StorageError",
     "StorageReport",
     "TraceFailed",
-    "UnknownCoding",
     "UnsupportedFrame",
     "allocate_bits",
     "calibrate_tables",

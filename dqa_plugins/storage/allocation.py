@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..batches import ItemReader, Pick
-from ..errors import InvalidMethod, UncalibratedQuantizer
+from ..errors import InvalidArgument, UncalibratedQuantizer
 from ..grid import Grid
 from ..processes import Processes
 from ..quantizer import ActivationQuantizer
@@ -135,7 +135,7 @@ def allocate_bits(
 
     Raises:
         UnsupportedCombination: no DQA sites, or they are frozen. UncalibratedQuantizer: no data seen.
-        InvalidMethod: the target cannot be met within [1 - bits, bits].
+        InvalidArgument: the target cannot be met within [1 - bits, bits].
         UnsupportedInput: a batch does not fit the model.
         NonFiniteInput: a batch makes NaN or Inf, in values or gradients.
         RanksDiffer: ranks were given different models or data. RankLost: a rank died, raised, or did not call within
@@ -143,7 +143,7 @@ def allocate_bits(
     """
     ranks = Processes()
     if not isinstance(target_bits, int | float) or not 0.25 <= target_bits <= 16:
-        raise InvalidMethod(f"target_bits={target_bits!r}: a number of bits per activation from 0.25 to 16.")
+        raise InvalidArgument(f"target_bits={target_bits!r}: a number of bits per activation from 0.25 to 16.")
     sites = stored_sites(prepared)
     reader = ItemReader(prepared, "allocate_bits", "optional", inputs, targets)
     listed = list(batches)
@@ -176,7 +176,7 @@ def allocate_bits(
             break
         ratio = measured / max(estimated, 1e-9)
     if best[0] >= 10.0:
-        raise InvalidMethod(
+        raise InvalidArgument(
             f"target_bits={target_bits}: the coarsest steps already need more; use fewer bits in DQA(bits=...)."
         )
     result = {}

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from ..errors import ChannelMismatch
+from ..options import Coding, check_option
 from ..quantizer import ActivationQuantizer
 from ..rounding import compute_dtype
 from ..sites import iter_quantizers
 from .coder.histograms import MAX_CLUSTERS
-from .format.codebook import Codebook, check_coding
+from .format.codebook import Codebook
 from .format.data import row_shape, two_dimensional
 from .format.frame import overhead
+from .format.layout import CODINGS
 from .format.limits import CHUNK, DTYPES, LENGTHS_PER_CHUNK
 from .packing import check_channels
 from .report import edge_shapes
@@ -26,7 +28,7 @@ from .tables import build_codebook
 
 
 def quantizer_bound(
-    quantizer: ActivationQuantizer, shape: tuple[int, ...], coding: str = "auto", dtype: torch.dtype = torch.float64
+    quantizer: ActivationQuantizer, shape: tuple[int, ...], coding: Coding = "auto", dtype: torch.dtype = torch.float64
 ) -> int:
     """Most bytes that a packed tensor of this shape can take, without the codebook (`PackedActivation.nbytes`).
 
@@ -40,7 +42,7 @@ def quantizer_bound(
         NotPackable: it still observes.
         ChannelMismatch: the shape has other channels, or is none.
     """
-    check_coding(coding)
+    check_option("quantizer_bound", "coding", coding, CODINGS)
     book = build_codebook(quantizer, "none", None)
     if not shape or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ChannelMismatch(f"{quantizer.label}: {shape!r} is not the shape of a tensor with a batch axis.")
@@ -70,7 +72,7 @@ def _parameter_bytes(book: Codebook, batch: int, dtype: torch.dtype) -> int:
 def storage_bound(
     model: nn.Module | ActivationQuantizer,
     shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
-    coding: str = "auto",
+    coding: Coding = "auto",
     dtype: torch.dtype | None = None,
 ) -> int | dict[str, int]:
     """Worst-case bytes of stored activations, known offline.

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ChannelAxisError, ChannelMismatch, NonFiniteInput
+from ..options import Coding, check_option
 from ..quantizer import LARGEST, ActivationQuantizer
 from .coder import codec
-from .format.codebook import Codebook, check_coding
+from .format.codebook import Codebook
 from .format.data import two_dimensional
 from .format.errors import NotPackable
+from .format.layout import CODINGS
 from .format.limits import DTYPES
 from .format.outliers import encode_positions
 from .grids import axis_of, row_grid, row_qparams
@@ -23,7 +25,7 @@ from .tables import build_codebook, check_codebook, check_quantizer, same_grid, 
 def pack(
     x: Tensor,
     quantizer: ActivationQuantizer,
-    coding: str = "auto",
+    coding: Coding = "auto",
     codebook: Codebook | None = None,
     *,
     source: Tensor | None = None,
@@ -42,13 +44,13 @@ def pack(
         a packed activation; `.unpack()` gives what the quantizer would have returned.
 
     Raises:
-        UnknownCoding: there is no such coding.
+        InvalidArgument: there is no such coding.
         NotPackable: not a floating-point tensor, more than 2^31 - 1 values, a quantizer that is not frozen, or another
             quantizer's codebook.
         NonFiniteInput: NaN or Inf in x; the message names the layer.
         ChannelMismatch: x has other channels than the quantizer.
     """
-    check_coding(coding)
+    check_option("pack", "coding", coding, CODINGS)
     check_quantizer(quantizer)
     if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.ndim == 0:
         what = f"{x.dtype}, {x.ndim}-d" if isinstance(x, Tensor) else type(x).__name__

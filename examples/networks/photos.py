@@ -114,22 +114,23 @@ def super_resolution_pairs(names: Sequence[str], scale: int = 2) -> list[tuple[T
     return pairs
 
 
-def photo_crops(per_photo: int = 16, size: int = 224, seed: int = 0) -> Tensor:
-    """Random square crops of ``OBJECT_PHOTOS``, resized (bicubic, antialiased), to compare networks on.
+def photo_crops(per_photo: int = 16, size: int = 224, seed: int = 0, names: Sequence[str] = OBJECT_PHOTOS) -> Tensor:
+    """Random square crops of photos, resized (bicubic, antialiased), to compare networks on.
 
     A crop has 60 % to 100 % of the shorter side. The order is shuffled, so that any slice mixes the photos.
 
     Args:
-        per_photo: crops of each of the seven photos.
+        per_photo: crops of each photo.
         size: height and width of the result in pixels.
         seed: of places, sizes and order.
+        names: of the photos; the default are the seven of things ImageNet has classes for.
 
     Returns:
-        (7 * per_photo, 3, size, size) float32, RGB in 0..255.
+        (len(names) * per_photo, 3, size, size) float32, RGB in 0..255.
     """
     generator = torch.Generator().manual_seed(seed)
     crops = []
-    for name in OBJECT_PHOTOS:
+    for name in names:
         photo = load_photo(name)[None].float()
         height, width = photo.shape[2:]
         shorter = min(height, width)

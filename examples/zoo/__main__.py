@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from examples.zoo import run, table
@@ -29,6 +31,17 @@ def write_page(folder: Path) -> None:
     (DOCS / "zoo.md").write_text(table.page(kept, NETWORKS), encoding="utf-8")
 
 
+def in_turn(names: Iterable[str]) -> list[str]:
+    """The first network of every kind, then the second, and so on: a run that is cut short has seen all kinds."""
+    seen: Counter[str] = Counter()
+    turns = {}
+    for name in names:
+        family = NETWORKS[name].family
+        turns[name] = seen[family]
+        seen[family] += 1
+    return sorted(turns, key=turns.__getitem__)
+
+
 parser = argparse.ArgumentParser(prog="python -m examples.zoo", description=__doc__)
 parser.add_argument("--out", type=Path, default=Path("out/zoo"), help="folder of the cells, one JSON each")
 parser.add_argument("--network", nargs="*", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
@@ -42,5 +55,5 @@ if __name__ == "__main__":  # processes of cells import this file
         write_page(options.out)
         sys.exit()
     run.restore(published(), options.out)
-    cells = [(network, room) for network in options.network for room in options.room]
+    cells = [(network, room) for network in in_turn(options.network) for room in options.room]
     run.run_all(cells, options.out, options.limit, options.again)

@@ -24,6 +24,8 @@ from dqa_plugins.storage import NothingToStore, convert_stored, prepare_stored, 
 
 from .hosts import ROOMS, STOCK, for_room, quantize_model
 from .networks import NETWORKS
+from .same_sites import EXCHANGE, at_sites_of_the_host
+from .table import misses_stock
 
 CALIBRATION, TEST = (1, 2), 9  # seeds of batches
 METHODS = {8: Direct(bits=8), 4: DQA(bits=4)}
@@ -66,7 +68,8 @@ def measure(network: str, room: str, save: Callable[[Cell], None]) -> Cell:
             keeps it.
 
     Returns:
-        sites, floats ({reason: layers}), error8, error4, stock (or what failed, by step) and the checks.
+        sites, floats ({reason: layers}), error8, error4, stock (or what failed, by step) and the checks. Where 8 bits
+        miss what the host reaches, same_sites: their error with quantizers where the host's int8 has its own only.
     """
     begun = time.process_time()
     entry, cell = NETWORKS[network], Cell(network=network, room=room, failed={})
@@ -96,7 +99,6 @@ def measure(network: str, room: str, save: Callable[[Cell], None]) -> Cell:
         stock, cell["stock_by"] = STOCK[room](given if room == "brevitas" else model, batches)
         cell["stock_seconds"] = round(time.process_time() - started, 2)
         cell["stock"] = distance(stock(*test), expected)
-        del stock
     quantized: dict[int, nn.Module] = {}
     for bits, method in METHODS.items():
         with torch.no_grad(), step(f"{bits} bits"):
@@ -104,6 +106,10 @@ def measure(network: str, room: str, save: Callable[[Cell], None]) -> Cell:
             quantized[bits] = quantize_model(room)(copy.deepcopy(model), method, batches)
             cell[f"seconds{bits}"] = round(time.process_time() - started, 2)
             cell[f"error{bits}"] = distance(quantized[bits](*test), expected)
+    if misses_stock(cell) and room in EXCHANGE:
+        with torch.no_grad(), step("same sites"):
+            same = at_sites_of_the_host(room, stock, METHODS[8], batches)
+            cell["same_sites"] = distance(same(*test), expected)
     if 4 in quantized:
         _check(cell, step, quantized[4], batches, test)
     cell["seconds"] = round(time.process_time() - begun, 1)

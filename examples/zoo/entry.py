@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def settle(model: nn.Module, batches: list[tuple[Tensor, ...]]) -> nn.Module:
     """Weights that stand for trained ones: no branch is switched off, batch norms know their inputs. In place.
 
     Norm weights spread around one; parameters that start at zero, or nearly so (positions, layer scales), do not.
+    Class tokens are as large as the patches beside them: one that is near zero is lost in their range at any width.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -95,6 +97,8 @@ def settle(model: nn.Module, batches: list[tuple[Tensor, ...]]) -> nn.Module:
         flat = parameter.flatten()
         if "bias" in name.rpartition(".")[2] and parameter.ndim == 1:
             parameter.normal_(std=0.02)
+        elif re.search(r"(class|cls|dist)_token", name):
+            parameter.normal_(std=0.5)
         elif flat.numel() and flat.abs().max() < CHANGED and bool((flat == flat[0]).all()):
             parameter.uniform_(0.1, 0.5) if parameter.ndim == 1 else parameter.normal_(std=0.02)
     modules = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

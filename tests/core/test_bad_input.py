@@ -137,10 +137,10 @@ def test_predictions_need_a_predicting_method():
     ("vector", "error", "text"),
     [
         (torch.zeros(4, dtype=torch.int64), errors.ChannelMismatch, r"5 channels.*\(4,\)"),
-        (torch.zeros(5, 1, dtype=torch.int64), errors.InvalidMethod, r"\(C,\)"),
-        (torch.tensor([0, 0, 5, 0, 0]), errors.InvalidMethod, r"to 5.*\[-3, 4\]"),
-        (torch.tensor([0, 0, -4, 0, 0]), errors.InvalidMethod, r"from -4.*\[-3, 4\]"),
-        (torch.zeros(5), errors.InvalidMethod, "integers"),
+        (torch.zeros(5, 1, dtype=torch.int64), errors.InvalidArgument, r"\(C,\)"),
+        (torch.tensor([0, 0, 5, 0, 0]), errors.InvalidArgument, r"to 5.*\[-3, 4\]"),
+        (torch.tensor([0, 0, -4, 0, 0]), errors.InvalidArgument, r"from -4.*\[-3, 4\]"),
+        (torch.zeros(5), errors.InvalidArgument, "integers"),
     ],
 )
 def test_extra_bits_that_do_not_fit(vector, error, text):

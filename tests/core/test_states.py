@@ -224,3 +224,13 @@ def test_a_copy_is_equal_and_independent(method, state):
         before = snapshot(q)
         other(data(3))
         assert_unchanged(q, before)
+
+
+def test_the_repr_of_a_frozen_quantizer_says_what_was_decided():
+    x = torch.linspace(-1, 1, 8 * 4).reshape(1, 4, 8)
+    assert "signed=True, step=0.121..0.25\n" in repr(calibrated(Direct(bits=3, granularity="channel"), [x]))
+    ranked = calibrated(DQA(bits=4, extra_bits=2, ratio=0.5), [x.abs()])
+    assert "signed=False, step=0.01562..0.0625, extra_bits>0 on 2 of 4 channels" in repr(ranked)
+    assert "step" not in repr(ranked.to("meta"))
+    assert repr(calibrated(Direct(qparams="dynamic"), [x])).splitlines()[1].endswith("signed=True")
+    assert "signed" not in repr(ActivationQuantizer(Direct(signed=None))).rpartition("state=")[2]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from examples.zoo import cell, run, table
+from dqa_plugins import ActivationQuantizer, Direct
+from examples.zoo import cell, hosts, run, same_sites, table
 from examples.zoo.hosts import ROOMS
 from examples.zoo.networks import NETWORKS
 from examples.zoo.own import ENTRIES
@@ -102,6 +103,10 @@ def test_what_misses_is_said() -> None:
     assert table.misses_stock(made(error8=0.046))
     assert not table.misses_stock(made(stock=0.001, error8=0.0199))
     assert not table.misses_stock({k: v for k, v in made(error8=9.0).items() if k != "stock"})
+    assert table.misses_at_same_sites(made(error8=0.3))
+    assert table.misses_at_same_sites(made(error8=0.3, same_sites=0.2))
+    assert not table.misses_at_same_sites(made(error8=0.3, same_sites=0.031))
+    assert "3.0 / **30.0** (3.1) / 20.0" in table.cell_text(made(error8=0.3, same_sites=0.031))
     assert table.spread([made(error4=0.2), made(error4=0.5)]) == pytest.approx(2.5)
     assert table.spread([made()]) is None
 
@@ -132,7 +137,7 @@ def test_the_page_names_whose_failure_it_is() -> None:
         made(room="brevitas", error4=0.9, failed={}),
     ]
     text = table.page(cells, {"unet": NETWORKS["unet"]})
-    assert "| fx | 1 of 1 | 0 of 1 | 0.5 | unet |" in text
+    assert "| fx | 1 of 1 | 0 of 1 | 0 of 1 | 0.5 | unet |" in text
     assert "unet (4.5)" in text
     assert "3: 3.0 / **30.0** / 20.0" in text
     assert "not run" in text
@@ -163,6 +168,24 @@ CELLS = [("matcher", room) for room in ROOMS] + [
     ("llama", "fx"),
     ("llama", "brevitas"),
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", same_sites.EXCHANGE)
+@torch.no_grad()
+def test_quantizers_are_exchanged_where_the_host_has_its_own(room: str) -> None:
+    """At its sites, and in its affine form, Direct is about as far off as the host is."""
+    pytest.importorskip({"pt2e": "torchao"}.get(room, room))
+    entry = ENTRIES["matcher"]
+    model, batches, test = entry.model(), [entry.batch_of(seed) for seed in (1, 2)], entry.batch_of(9)
+    expected = model(*test)
+    given = model if room == "brevitas" else hosts.for_room(model, room, test)[0]
+    stock, _ = hosts.STOCK[room](given, batches)
+    error = cell.distance(stock(*test), expected)
+    same = same_sites.at_sites_of_the_host(room, stock, Direct(bits=8, symmetric=False), batches)
+    quantizers = {m for m in same.modules() if isinstance(m, ActivationQuantizer) and m.state == "frozen"}
+    assert 2 < len(quantizers) < 18
+    assert 0.1 * error < cell.distance(same(*test), expected) < 1.5 * error
 
 
 @pytest.mark.slow

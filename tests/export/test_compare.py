@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import ActivationQuantizer, Direct, Method
-from dqa_plugins.errors import ExportFailed, MissingDependency, UnsupportedCombination, missing
+from dqa_plugins.errors import ExportFailed, InvalidArgument, MissingDependency, missing
 from dqa_plugins.export import compare_backends, runners
 from dqa_plugins.export.compare import Comparison
 from dqa_plugins.export.parity import largest
@@ -115,7 +115,7 @@ def test_errors_are_raised_where_asked_or_where_nothing_is_left(backends: dict[s
         compare_backends(model, x, ("torch.export", "broken"), raise_errors=True)
     with pytest.raises(MissingDependency):
         compare_backends(model, x, ("broken",))
-    with pytest.raises(UnsupportedCombination, match="'tensorrt'"):
+    with pytest.raises(InvalidArgument, match="'tensorrt'"):
         compare_backends(model, x, ("torch.export", "tensorrt"))
 
 

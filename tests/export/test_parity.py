@@ -13,7 +13,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant
 from dqa_plugins.adapters.fx import get_qconfig_mapping
-from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.errors import ExportFailed, InvalidArgument, UncalibratedQuantizer
 from dqa_plugins.export import compare_backends, onnxruntime_session, to_exported_program, to_onnx
 from tests.nets import build, inputs
 
@@ -143,13 +143,13 @@ def test_what_cannot_be_exported_says_so(tmp_path: Path) -> None:
         to_onnx(quantizer, x, tmp_path / "q.onnx")
     quantizer(x)
     quantizer.freeze()
-    with pytest.raises(ExportFailed, match="opset=12"):
+    with pytest.raises(InvalidArgument, match="opset=12"):
         to_onnx(quantizer, x, tmp_path / "q.onnx", opset=12)
     with pytest.raises(ExportFailed, match="does not exist"):
         to_onnx(quantizer, x, tmp_path / "nowhere" / "q.onnx")
     with pytest.raises(ExportFailed, match="example_inputs"):
         to_onnx(quantizer, "x", tmp_path / "q.onnx")
-    with pytest.raises(UnsupportedCombination, match="tensorrt"):
+    with pytest.raises(InvalidArgument, match="tensorrt"):
         compare_backends(quantizer, x, backends=("tensorrt",))
     assert not list(tmp_path.iterdir()), "a failed export left a file"
 

@@ -13,7 +13,7 @@ from torch.ao.quantization import HistogramObserver, MovingAverageMinMaxObserver
 from torch.fx import symbolic_trace
 
 from dqa_plugins import DQA
-from dqa_plugins.errors import DQAWarning, FrameworkMismatch, InvalidMethod
+from dqa_plugins.errors import DQAWarning, FrameworkMismatch, InvalidArgument
 from dqa_plugins.graph.record import record_shapes, untouched
 from dqa_plugins.host import hooks
 from dqa_plugins.host.hooks import Hook, Host
@@ -80,9 +80,9 @@ def test_skip_by_position_and_name() -> None:
     assert resolve_skip(("first",), [], paths) == []
     assert within("blocks.0.conv", ["blocks.0"])
     assert not within("blocks.01", ["blocks.0"])
-    with pytest.raises(InvalidMethod, match=r"'blocks\.7'"):
+    with pytest.raises(InvalidArgument, match=r"'blocks\.7'"):
         resolve_skip(("blocks.7",), layers, paths)
-    with pytest.raises(InvalidMethod, match="tuple"):
+    with pytest.raises(InvalidArgument, match="tuple"):
         check_skip("first")
 
 

@@ -7,7 +7,7 @@ from . import Part
 PART = Part("cache", "adapters/transformers", "adapters/transformers")
 add = PART.add
 
-add("values are not centred", "blocks.py", "y = (x.float() - centers).unflatten", "y = x.float().unflatten")
+add("values are not centred", "blocks.py", " - s.center.to(x.device)[:, None]", "")
 add(
     "blocks of another sequence are dropped",
     "blocks.py",
@@ -47,16 +47,28 @@ add(
 add(
     "padding is calibrated on",
     "calibrate.py",
-    "used = (mask & (mask.cumsum(1) > first))",
-    "used = (mask.cumsum(1) > -1)",
+    "used = mask & (mask.cumsum(1) > first)",
+    "used = mask.cumsum(1) > -1",
 )
 add(
-    "one key component of a rotated pair is forgotten",
+    "the rotation of keys is not undone in calibration",
     "calibrate.py",
-    "turning[:] = turning.mean(1, keepdim=True)",
-    "turning[:] = turning[:, :1]",
+    "rotated(x.detach().float().cpu().mT, turn(turns, positions), back=True)",
+    "x.detach().float().cpu().mT",
+)
+add(
+    "blocks are rotated as if they were the first",
+    "layer.py",
+    "blocks + count).behind(state.blocks * block)",
+    "blocks + count)",
 )
 add("steps grow with sensitivity", "allocate.py", "(2.0**level / r).float()", "(2.0**level * r).float()")
+add(
+    "errors are fed to the wrong channels",
+    "allocate.py",
+    "(r / d[..., None]).mT.tril(-1)",
+    "(r / d[..., None]).triu(1)",
+)
 add(
     "two groups of one table lose a channel",
     "settings.py",
@@ -74,5 +86,11 @@ add(
 
 CODER = Part("cache coder", "dqa_plugins", "adapters/transformers")
 CODER.add("blocks begin at the first token", "kernels/blocks.py", "start = at + (block - first) * inner", "start = at")
-CODER.add("the centre of another channel", "kernels/blocks.py", "+ centers[base + d]", "+ centers[d]")
+CODER.add("the centre of another channel", "kernels/blocks.py", "+= centers[channel]", "+= centers[0]")
+CODER.add(
+    "errors are fed back twice",
+    "kernels/feedback.py",
+    "errors[j, t] = value - code * step",
+    "errors[j, t] += value - code * step",
+)
 PARTS = (PART, CODER)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins import DQA, ActivationQuantizer, Direct, iter_quantizers, rank_channels
-from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination, UnsupportedInput
+from dqa_plugins.errors import InvalidArgument, UncalibratedQuantizer, UnsupportedCombination, UnsupportedInput
 from dqa_plugins.ranking import MetricError, RankingError
 from tests.nets import build as build_net
 from tests.nets import inputs as net_inputs
@@ -172,7 +172,7 @@ def test_arguments() -> None:
         ({"batches": labelled(), "strategy": "taylor", "checkpoint": "x"}, "checkpoint"),
     ]
     for arguments, message in cases:
-        with pytest.raises((RankingError, UnsupportedInput, UncalibratedQuantizer), match=message):
+        with pytest.raises((RankingError, InvalidArgument, UnsupportedInput, UncalibratedQuantizer), match=message):
             rank_channels(model, progress=False, **arguments)
 
 

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from dqa_plugins import DQA, Direct, iter_quantizers
-from dqa_plugins.errors import InvalidMethod, NonFiniteInput, UncalibratedQuantizer, UnsupportedCombination
+from dqa_plugins.errors import (
+    InvalidArgument,
+    NonFiniteInput,
+    UncalibratedQuantizer,
+    UnsupportedCombination,
+)
 from dqa_plugins.storage import allocate_bits, convert_stored, prepare_stored, storage_report
 from tests.storage.test_pipeline import fake_quantized, network
 
@@ -59,7 +64,7 @@ def test_a_channel_that_matters_more_gets_more_bits() -> None:
 def test_bad_requests() -> None:
     prepared, x = prepared_with()
     for target in (0.0, 20, "two"):
-        with pytest.raises(InvalidMethod, match="target_bits"):
+        with pytest.raises(InvalidArgument, match="target_bits"):
             allocate_bits(prepared, [x], target)  # type: ignore[arg-type]
     model, _ = network()
     with pytest.raises(UncalibratedQuantizer):

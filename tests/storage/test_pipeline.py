@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqa_plugins import DQA, QPP, DenseSparse, Direct, iter_quantizers
-from dqa_plugins.errors import DQAError, ExportFailed, InvalidMethod, NotAMethod, UncalibratedQuantizer
+from dqa_plugins.errors import DQAError, ExportFailed, InvalidArgument, NotAMethod, UncalibratedQuantizer
 from dqa_plugins.storage import (
     CorruptFrame,
     NothingToStore,
     NotPackable,
     TraceFailed,
-    UnknownCoding,
     convert_stored,
     prepare_stored,
     storage_bound,
@@ -404,13 +403,13 @@ def test_errors_name_the_cause() -> None:
         prepare_stored(model, DQA(qparams=QPP(sites=("input",))), x)
     with pytest.raises(NotAMethod):
         prepare_stored(model, "dqa", x)  # type: ignore[arg-type]
-    with pytest.raises(InvalidMethod, match="min_lifetime=0"):
+    with pytest.raises(InvalidArgument, match="min_lifetime=0"):
         prepare_stored(model, DQA(), x, min_lifetime=0)
     prepared = prepare_stored(model, DQA(), x)
     with pytest.raises(UncalibratedQuantizer, match="'relu'"):
         convert_stored(prepared)
     prepared(x)
-    with pytest.raises(UnknownCoding):
+    with pytest.raises(InvalidArgument):
         convert_stored(prepared, "zip")
     with pytest.raises(NothingToStore):
         convert_stored(model)  # type: ignore[arg-type]

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant
-from dqa_plugins.errors import ChannelMismatch, NonFiniteInput, UncalibratedQuantizer
+from dqa_plugins.errors import ChannelMismatch, InvalidArgument, NonFiniteInput, UncalibratedQuantizer
 from dqa_plugins.storage import (
     NotPackable,
     PackedActivation,
-    UnknownCoding,
     calibrate_tables,
     pack,
     set_threads,
@@ -158,7 +157,7 @@ def test_wrong_input_names_the_layer_and_the_way_out() -> None:
         pack(torch.zeros(2, 5, 5, 5), quantizer)
     with pytest.raises(NotPackable, match=r"layer3\.relu.*int64"):
         pack(torch.zeros(2, 4, dtype=torch.int64), quantizer)
-    with pytest.raises(UnknownCoding, match=r"huffman.*shift_error"):
+    with pytest.raises(InvalidArgument, match=r"huffman.*shift_error"):
         pack(x, quantizer, "huffman")
     observing = ActivationQuantizer(DQA(), name="layer4.relu")
     observing(x)

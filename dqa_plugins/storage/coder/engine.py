@@ -5,7 +5,7 @@ One thread serves small tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import local
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...errors import InvalidArgument
 from ...kernels import fields as f
 from ...kernels.threads import PARTS, share, torch_threads
 from ..format.layout import Layout
@@ -30,7 +31,7 @@ def set_threads(count: int | None) -> None:
     """How many threads encode and decode (None: as many as torch uses at the time of the call)."""
     global _threads
     if count is not None and count < 1:
-        raise ValueError(f"set_threads({count}): at least one thread is needed.")
+        raise InvalidArgument(f"set_threads({count}): at least one thread is needed.")
     _threads = count
 
 
@@ -47,6 +48,11 @@ def _run(task: Callable[[int, int, int], Any], chunks: int) -> list[Any]:
     parts = min(PARTS * threads, chunks // (PARALLEL_CHUNKS // 2))
     edges = [chunks * i // parts for i in range(parts + 1)]
     return share(lambda i: task(i, edges[i], edges[i + 1]), parts, threads)
+
+
+def run_all(work: Sequence[Callable[[], None]]) -> None:
+    """Do pieces of work, several at a time."""
+    share(lambda i: work[i](), len(work), get_threads())
 
 
 def join(parts: list[NDArray[np.uint8]], out: NDArray[np.uint8]) -> None:

@@ -83,11 +83,15 @@ class BlockCoder:
             found.append(codec.join(self.plan.layout, (), streams, torch.device("cpu")))
         return found
 
-    def decode(self, segment: Segment, first: int, centers: Tensor, out: Tensor, at: int) -> None:
-        """Write the blocks from `first` on, dequantized, with the centre of each channel added.
+    def decode(
+        self, segment: Segment, first: int, centers: Tensor, turn: tuple[Tensor, Tensor], out: Tensor, at: int
+    ) -> None:
+        """Write the blocks from `first` on, dequantized, with the centre of each channel added, and rotated.
 
         Args:
             centers: (C,) float32.
+            turn: (tokens, n) float32 cosines and sines of the angles that components d and d + n of each head are
+                turned by; n may be 0.
             out: (H, T, D) float32, H * D = C; the blocks are written along T from `at`.
 
         Raises:
@@ -102,6 +106,8 @@ class BlockCoder:
             segment.lengths.numpy(),
             self.steps.numpy(),
             centers.numpy(),
+            turn[0].numpy(),
+            turn[1].numpy(),
             plan.layout.inner,
             plan.channels,
             plan.groups,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...grid import Grid
+from ...options import Coding
 from ...rounding import power_of_two
-from .errors import UnknownCoding
-from .layout import CODINGS, Group, Layout, packed_group
+from .layout import Group, Layout, packed_group
 
 PARAMETERS = {  # of each kind, by number in the codebook section; those of an explicit grid follow from its fields
     "grid": ("scale",),
@@ -25,17 +25,6 @@ PARAMETERS = {  # of each kind, by number in the codebook section; those of an e
     "explicit": ("step", "zero_point", "bias", "lower", "upper"),
 }
 KINDS = tuple(PARAMETERS)
-
-
-def check_coding(coding: str) -> str:
-    """Return `coding` if there is one of that name.
-
-    Raises:
-        UnknownCoding: there is not.
-    """
-    if coding not in CODINGS:
-        raise UnknownCoding(f"coding={coding!r}: it must be one of {', '.join(map(repr, CODINGS))}.")
-    return coding
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +52,7 @@ class Codebook:
     """
 
     kind: str
-    coding: str
+    coding: Coding
     bits: int
     signed: bool
     channel_axis: int

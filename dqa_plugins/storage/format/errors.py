@@ -9,10 +9,6 @@ class StorageError(DQAError):
     """Base class of the errors of `dqa_plugins.storage`."""
 
 
-class UnknownCoding(StorageError, ValueError):
-    """The coding is none of "none", "shift_error", "joint", "auto"."""
-
-
 class NotPackable(StorageError, ValueError):
     """The tensor or the quantizer cannot be packed: not frozen, not floating point, NaN or Inf in the data."""
 

@@ -15,14 +15,16 @@ one coded part (entropy coded):
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...options import Coding
 from .limits import CHUNK
 from .tables import Table
 
-CODINGS = ("none", "shift_error", "joint", "auto")
+CODINGS: tuple[Coding, ...] = get_args(Coding)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,16 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ...errors import InvalidMethod, UncalibratedQuantizer
+from ...errors import InvalidArgument, UncalibratedQuantizer
 from ...graph.fx import TensorFacts, follow_in_place, operation_name
 from ...graph.record import record_shapes
-from ...methods import Method, check_method
+from ...method import Method
+from ...methods import check_method
+from ...options import Coding, check_option
+from ...progress import counted
 from ...quantizer import ActivationQuantizer
-from ..format.codebook import check_coding
 from ..format.errors import NothingToStore, NotPackable
+from ..format.layout import CODINGS
 from ..tables import build_codebook
 from .edges import Edge, LateRead, late_reads
 from .facts import add_module, producer_axes, quantized_source, quantizer_of, site_names, trace
@@ -60,12 +63,14 @@ def prepare_stored(
         TraceFailed: torch.fx cannot trace the model, or misses its quantizers (NNCF calls them in hooks).
         NothingToStore: no value lives that long.
         NotAMethod: `method` is not one.
-        InvalidMethod: min_lifetime is less than 1.
+        InvalidArgument: min_lifetime is less than 1.
         NotPackable: its parameters are predicted (QPP).
     """
     check_method(method, "prepare_stored")
     if min_lifetime < 1:
-        raise InvalidMethod(f"prepare_stored: min_lifetime={min_lifetime}: at least 1 compute layer must lie between.")
+        raise InvalidArgument(
+            f"prepare_stored: min_lifetime={min_lifetime}: at least 1 compute layer must lie between."
+        )
     if method.source == "predicted":
         raise NotPackable("prepare_stored packs with qparams='static' or 'dynamic'; QPP is not supported there.")
     traced = trace(copy.deepcopy(model))
@@ -208,7 +213,7 @@ def stored_edges(model: nn.Module) -> list[Edge]:
     return [m.edge for m in modules if isinstance(m, StoredSite | Pack)]
 
 
-def convert_stored(prepared: GraphModule, coding: str = "joint") -> GraphModule:
+def convert_stored(prepared: GraphModule, coding: Coding = "joint") -> GraphModule:
     """Freeze the quantizers, and pack every long-lived value when it is made.
 
     The float tensor is freed once its early readers are done; it is unpacked right before each late reader.
@@ -223,9 +228,9 @@ def convert_stored(prepared: GraphModule, coding: str = "joint") -> GraphModule:
         where there was an adapter.
 
     Raises:
-        UnknownCoding, UncalibratedQuantizer, NothingToStore.
+        InvalidArgument, UncalibratedQuantizer, NothingToStore.
     """
-    check_coding(coding)
+    check_option("convert_stored", "coding", coding, CODINGS)
     if not any(isinstance(m, StoredSite) for m in prepared.modules()):
         raise NothingToStore("convert_stored takes what prepare_stored returned; this model has no stored values.")
     model = copy.deepcopy(prepared)
@@ -235,7 +240,7 @@ def convert_stored(prepared: GraphModule, coding: str = "joint") -> GraphModule:
             model = convert_host(model)
             break
     order = {node: i for i, node in enumerate(model.graph.nodes)}
-    for node in list(model.graph.nodes):
+    for node in counted(list(model.graph.nodes), what="building tables", unit="node"):
         site = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(site, StoredSite):
             continue

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dqa_plugins import DQA, Direct, NoisyQuant, iter_quantizers
 from dqa_plugins.adapters.brevitas import quantize_model
-from dqa_plugins.errors import InvalidMethod, UnsupportedCombination, UnsupportedInput
+from dqa_plugins.errors import InvalidArgument, UnsupportedCombination, UnsupportedInput
 from tests.adapters.brevitas.nets import data, float_net
 
 X = data(2, 3, 10, 10)
@@ -29,7 +29,7 @@ def test_layers_of_brevitas() -> None:
 
 @pytest.mark.parametrize("bits", [1, 9, 4.5, True, "8"])
 def test_weight_bits_that_cannot_be(bits: object) -> None:
-    with pytest.raises(InvalidMethod, match="weight_bits"):
+    with pytest.raises(InvalidArgument, match="weight_bits"):
         quantize_model(float_net(), DQA(), X, weight_bits=bits)  # type: ignore[arg-type]
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, iter_quantizers
 from dqa_plugins.adapters.brevitas import DirectAct, DQAAct, get_act_quant, substitute_layers
-from dqa_plugins.errors import DQAWarning, InvalidMethod, NotAMethod, UnsupportedCombination
+from dqa_plugins.errors import DQAWarning, InvalidArgument, NotAMethod, UnsupportedCombination
 from tests.adapters.brevitas.nets import METHODS, bare, calibrate, data, float_net, names
 
 X = data(2, 3, 10, 10)
@@ -115,11 +115,11 @@ def test_brevitas_layers_can_be_substituted_too() -> None:
 @pytest.mark.parametrize(
     ("layers", "error", "words"),
     [
-        ({"block.relu3": DQA()}, InvalidMethod, "no module 'block.relu3'"),
-        ({"relu1": DQA()}, InvalidMethod, "did you mean 'block.relu1'"),
+        ({"block.relu3": DQA()}, InvalidArgument, "no module 'block.relu3'"),
+        ({"relu1": DQA()}, InvalidArgument, "did you mean 'block.relu1'"),
         ({nn.ReLU: DQA}, NotAMethod, "ReLU.*did you mean DQA"),
         ({nn.ReLU: 4}, NotAMethod, "got 4"),
-        ({4: DQA()}, InvalidMethod, "neither a module class nor a qualified name"),
+        ({4: DQA()}, InvalidArgument, "neither a module class nor a qualified name"),
         ({"block.conv1": DQA()}, UnsupportedCombination, "'block.conv1' is a Conv2d.*output_quant"),
         ({"block": DQA()}, UnsupportedCombination, "'block' is a Block"),
         (
@@ -139,7 +139,10 @@ def test_a_wrong_entry_is_named_and_changes_nothing(layers: Any, error: type[Exc
 def test_a_class_that_matches_nothing_warns() -> None:
     with pytest.warns(DQAWarning, match=r"no GELU"):
         substitute_layers(float_net(), {nn.ReLU: DQA(), nn.GELU: DQA()})
-    with pytest.warns(DQAWarning, match=r"no GELU"), pytest.raises(InvalidMethod, match="nothing in the model matches"):
+    with (
+        pytest.warns(DQAWarning, match=r"no GELU"),
+        pytest.raises(InvalidArgument, match="nothing in the model"),
+    ):
         substitute_layers(float_net(), {nn.GELU: DQA()})
 
 

@@ -13,7 +13,7 @@ from dqa_plugins import DQA, DenseSparse, Direct, NoisyQuant
 from dqa_plugins.adapters.fx import get_qconfig, get_qconfig_mapping, hooks
 from dqa_plugins.errors import (
     FrameworkMismatch,
-    InvalidMethod,
+    InvalidArgument,
     NonFiniteInput,
     NotAMethod,
     UncalibratedQuantizer,
@@ -62,19 +62,19 @@ def test_a_qconfig_is_no_method() -> None:
 
 @pytest.mark.parametrize("bits", [1, 9, 2.5, "8", True])
 def test_weight_bits_out_of_range(bits: Any) -> None:
-    with pytest.raises(InvalidMethod, match="weight_bits"):
+    with pytest.raises(InvalidArgument, match="weight_bits"):
         get_qconfig_mapping(DQA(), weight_bits=bits)
 
 
 def test_an_unknown_weight_scheme() -> None:
-    with pytest.raises(InvalidMethod, match="weight_scheme='tensor'"):
+    with pytest.raises(InvalidArgument, match="weight_scheme='tensor'"):
         get_qconfig_mapping(DQA(), weight_scheme="tensor")
 
 
 def test_skip_of_a_layer_that_does_not_exist() -> None:
-    with pytest.raises(InvalidMethod, match="'conv9'"):
+    with pytest.raises(InvalidArgument, match="'conv9'"):
         prepare_fx(build("residual"), get_qconfig_mapping(DQA(), skip=("conv9",)), inputs("residual"))
-    with pytest.raises(InvalidMethod, match="tuple"):
+    with pytest.raises(InvalidArgument, match="tuple"):
         get_qconfig_mapping(DQA(), skip="first")
 
 

@@ -11,7 +11,7 @@ import pytest
 from dqa_plugins import DQA, DenseSparse, Direct, DQAError, NoisyQuant
 from dqa_plugins.adapters.nncf import InvalidConfig
 from dqa_plugins.adapters.nncf.config import Entry, Weights, parse
-from dqa_plugins.errors import InvalidMethod, UnsupportedCombination
+from dqa_plugins.errors import InvalidArgument, InvalidMethod, UnsupportedCombination
 from tests.adapters.nncf.models import batches, build, config
 
 
@@ -166,5 +166,5 @@ def test_bias_correction_follows_the_weights() -> None:
 def test_quantize_model_takes_weights_of_eight_bits(bits: object) -> None:
     from dqa_plugins.adapters.nncf import quantize_model
 
-    with pytest.raises(InvalidMethod, match="8-bit weights"):
+    with pytest.raises(InvalidArgument, match="8-bit weights"):
         quantize_model(build("residual"), DQA(), batches("residual"), weight_bits=bits)  # type: ignore[arg-type]

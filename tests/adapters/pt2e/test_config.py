@@ -17,7 +17,7 @@ from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmet
 
 from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, iter_quantizers
 from dqa_plugins.adapters.pt2e import PluginQuantizer
-from dqa_plugins.errors import DQAWarning, InvalidMethod, NotAMethod, UnsupportedInput
+from dqa_plugins.errors import DQAWarning, InvalidArgument, NotAMethod, UnsupportedInput
 
 from .zoo import build, calibrate, exported, inputs, sites
 
@@ -164,14 +164,14 @@ def test_behind_torchaos_own_what_it_took_is_left_to_it() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: PluginQuantizer(weight_bits=9), InvalidMethod, "weight_bits=9"),
-        (lambda: PluginQuantizer(weight_bits=True), InvalidMethod, "weight_bits=True"),
-        (lambda: PluginQuantizer(weight_scheme="row"), InvalidMethod, "'row'"),
-        (lambda: PluginQuantizer(skip="first"), InvalidMethod, "tuple"),
+        (lambda: PluginQuantizer(weight_bits=9), InvalidArgument, "weight_bits=9"),
+        (lambda: PluginQuantizer(weight_bits=True), InvalidArgument, "weight_bits=True"),
+        (lambda: PluginQuantizer(weight_scheme="row"), InvalidArgument, "'row'"),
+        (lambda: PluginQuantizer(skip="first"), InvalidArgument, "tuple"),
         (lambda: PluginQuantizer().set_global(DQA), NotAMethod, "did you mean DQA()"),
         (lambda: PluginQuantizer().set_module_name("a", "dqa"), NotAMethod, "'a'"),
-        (lambda: PluginQuantizer().set_module_name(nn.ReLU, DQA()), InvalidMethod, "qualified name"),
-        (lambda: PluginQuantizer().set_module_type("ReLU", DQA()), InvalidMethod, "class of modules"),
+        (lambda: PluginQuantizer().set_module_name(nn.ReLU, DQA()), InvalidArgument, "qualified name"),
+        (lambda: PluginQuantizer().set_module_type("ReLU", DQA()), InvalidArgument, "class of modules"),
     ],
 )
 def test_bad_arguments_are_named(call: Any, error: type[Exception], words: str) -> None:
@@ -182,9 +182,9 @@ def test_bad_arguments_are_named(call: Any, error: type[Exception], words: str) 
 
 def test_unknown_names_are_refused_when_preparing() -> None:
     """A misspelt name does not leave a layer in silence."""
-    with pytest.raises(InvalidMethod, match=r"blocks\.7"):
+    with pytest.raises(InvalidArgument, match=r"blocks\.7"):
         prepare_pt2e(exported("residual"), PluginQuantizer().set_global(DQA()).set_module_name("blocks.7", None))
-    with pytest.raises(InvalidMethod, match="skip='head'"):
+    with pytest.raises(InvalidArgument, match="skip='head'"):
         prepare_pt2e(exported("residual"), PluginQuantizer(skip=("head",)).set_global(DQA()))
 
 

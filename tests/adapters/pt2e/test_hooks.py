@@ -56,7 +56,8 @@ def test_stock_quantizers_do_not_notice() -> None:
     """X86's model, prepared through the hooks, equals the one without."""
     outputs = []
     for wrapped in (True, False):
-        saved = {name: getattr(quantize_pt2e, name) for name in ("prepare", "_fuse_conv_bn_", "_fuse_linear_bn_")}
+        names = ("prepare", "_fuse_conv_bn_", "_fuse_linear_bn_", "_fold_conv_bn_qat")
+        saved = {name: getattr(quantize_pt2e, name) for name in names}
         if not wrapped:
             for name, function in saved.items():
                 setattr(quantize_pt2e, name, function.__wrapped__)

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dqa_plugins import DQA
 from dqa_plugins.adapters.transformers import CacheSettings, calibrate_cache
+from dqa_plugins.adapters.transformers.settings import TensorSettings
 
 VOCABULARY = 61
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -31,7 +32,7 @@ MODELS = ("llama", "mistral", "gpt2")
 
 @functools.cache
 def model(name: str) -> PreTrainedModel:
-    """Grouped queries, a sliding window of 24 tokens, or neither; attention is sharp enough for keys to matter."""
+    """Grouped queries, a sliding window of 24 tokens too, or neither; attention is sharp enough for keys to matter."""
     torch.manual_seed(0)
     made: PreTrainedModel
     if name == "llama":
@@ -42,6 +43,8 @@ def model(name: str) -> PreTrainedModel:
         sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512}
         tokens = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
         made = GPT2LMHeadModel(GPT2Config(**sizes, **tokens, initializer_range=0.2))
+    for layer in made.model.layers if name != "gpt2" else ():
+        layer.self_attn.k_proj.bias = torch.nn.Parameter(torch.randn(16))  # a mean for positions to rotate
     return made.eval()
 
 
@@ -55,6 +58,30 @@ def settings(name: str, **fields: Any) -> CacheSettings:
     """For a model above: a short window and short blocks, so that most tokens are packed."""
     fields = {"method": DQA(bits=4, granularity="channel"), "window": 6, "block": 8, **fields}
     return calibrate_cache(model(name), [text(200, 2)], **fields)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(..., T, D) with components d and d + n turned by angles (T, n)."""
+    x, n = x.clone(), cos.shape[1]
+    a, b = x[..., :n].clone(), x[..., n : 2 * n].clone()
+    x[..., :n], x[..., n : 2 * n] = a * cos - b * sin, a * sin + b * cos
+    return x
+
+
+def rounded(x: Tensor, tensor: TensorSettings) -> Tensor:
+    """(B, H, T, D) on the grid: what errors of later components ask for is added before an earlier one is rounded."""
+    if not tensor.feedback.numel():
+        rows = x.transpose(2, 3).flatten(1, 2)
+        return tensor.quantizer.fake_quantize(rows).unflatten(1, (tensor.heads, -1)).transpose(2, 3)
+    grid = tensor.quantizer.static_grid
+    steps, high = grid.step.view(tensor.heads, -1), torch.as_tensor(grid.high).expand(grid.step.shape)
+    out, wanted, high = x.clone(), torch.zeros_like(x), high.reshape(tensor.heads, -1)
+    for j in reversed(range(x.shape[3])):
+        ratio = (x[..., j] + wanted[..., j]) / steps[:, None, j]
+        code = torch.where(ratio < 0, -1.0, 1.0) * torch.floor(ratio.abs() + 0.45)
+        out[..., j] = torch.clamp(code, -high[:, None, j] - 1, high[:, None, j]) * steps[:, None, j]
+        wanted += tensor.feedback[:, None, j] * (x[..., j] - out[..., j])[..., None]
+    return out
 
 
 class _RoundedLayer(DynamicLayer):
@@ -87,9 +114,11 @@ class _RoundedLayer(DynamicLayer):
         while self.seen - start >= s.window + s.block:
             for tensor, x in zip(s.layers[self.index], (self.keys, self.values), strict=True):
                 part = slice(start, start + s.block)
-                rows = x[:, :, part].transpose(2, 3).flatten(1, 2).float() - tensor.center[:, None]
-                rounded = tensor.quantizer.fake_quantize(rows) + tensor.center[:, None]
-                x[:, :, part] = rounded.unflatten(1, (tensor.heads, -1)).transpose(2, 3).to(x.dtype)
+                angle = torch.arange(start, start + s.block).double()[:, None] * torch.tensor(tensor.turns).double()
+                cos, sin = angle.cos().float(), angle.sin().float()
+                plain = turned(x[:, :, part].float(), cos, -sin) - tensor.center.view(tensor.heads, 1, -1)
+                plain = rounded(plain, tensor) + tensor.center.view(tensor.heads, 1, -1)
+                x[:, :, part] = turned(plain, cos, sin).to(x.dtype)
             start = self.packed = start + s.block
         return seen
 

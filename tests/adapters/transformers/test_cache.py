@@ -22,7 +22,7 @@ from dqa_plugins.adapters.transformers.calibrate import Record
 from dqa_plugins.errors import (
     ChannelMismatch,
     DQAError,
-    InvalidMethod,
+    InvalidArgument,
     MissingDependency,
     NonFiniteInput,
     StateMismatch,
@@ -428,9 +428,9 @@ def test_calibration_leaves_the_model_alone() -> None:
 
 def test_what_calibration_refuses() -> None:
     llama = model("llama")
-    with pytest.raises(InvalidMethod, match=r"target_bits=0\.1"):
+    with pytest.raises(InvalidArgument, match=r"target_bits=0\.1"):
         calibrate_cache(llama, [text(60)], target_bits=0.1)
-    with pytest.raises(InvalidMethod, match=r"window=-1:"):
+    with pytest.raises(InvalidArgument, match=r"window=-1:"):
         calibrate_cache(llama, [text(60)], window=-1)
     with pytest.raises(UnsupportedCombination, match=r"granularity='channel'"):
         calibrate_cache(llama, [text(60)], DQA(bits=4), target_bits=3.0)
@@ -454,11 +454,35 @@ def test_rounded_cache_is_no_packed_one() -> None:
     assert not isinstance(RoundedCache(settings("llama")), PackedCache)
 
 
-def test_components_that_turn_into_each_other_share_a_sensitivity() -> None:
-    squares = torch.arange(12.0, dtype=torch.float64)
-    record = Record("0.keys", 2, 6, rotary=4, squares=squares, tokens=1)
-    assert record.sensitivity.tolist() == [1, 2, 1, 2, 4, 5, 7, 8, 7, 8, 10, 11]
-    assert torch.equal(squares, torch.arange(12.0, dtype=torch.float64))
+def test_rotation_is_undone_where_it_steadies_keys() -> None:
+    """Keys of a decoder with rotary embeddings, but not values, nor keys of one without."""
+    found = {name: {t.turns for t, _ in settings(name).layers} for name in MODELS}
+    inverse = tuple(model("llama").model.rotary_emb.inv_freq.double().tolist())
+    assert found == {"llama": {inverse}, "mistral": {inverse}, "gpt2": {()}}
+    assert all(t.turns == () for name in MODELS for _, t in settings(name).layers)
+
+
+def test_the_factor_is_that_of_the_mean_outer_product() -> None:
+    """Shrunk towards the mean of its diagonal; heads by themselves."""
+    g = torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
+    record = Record("0.keys", 2, 3)
+    for part in g.split(100, 1):
+        record.add(part, part)
+    for h, r in enumerate(record.factor):
+        own = g[3 * h : 3 * h + 3].double()
+        expected = own @ own.T / 500
+        assert torch.equal(r, r.triu())
+        floor = 0.05 * expected.trace() / 3 * torch.eye(3)
+        torch.testing.assert_close(r.T @ r, expected + floor, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_kept_comes_from_all_over_the_text() -> None:
+    record = Record("0.keys", 1, 1)
+    for piece in torch.arange(20_000.0).split(2_000):
+        record.add(piece[None], None)
+    found = record.rows[0]
+    assert found.numel() <= 4096
+    assert (found.min(), found.max() > 19_000, float(found.diff().max()) < 1_000) == (0, True, True)
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

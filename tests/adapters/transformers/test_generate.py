@@ -20,6 +20,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "top_k": 20},
     "beams": {"do_sample": False, "num_beams": 3},
+    "target": {"do_sample": False},
 }
 
 
@@ -33,7 +34,7 @@ def generate(name: str, cache: Any, prompt: torch.Tensor, **fields: Any) -> torc
 @models
 @pytest.mark.parametrize("way", WAYS)
 def test_generation_is_that_of_the_rounded_cache(name: str, way: str) -> None:
-    made = settings(name)
+    made = settings(name, **({"target_bits": 2.5} if way == "target" else {}))
     prompt = text(37, 2, seed=3)
     packed = PackedCache(made, model(name).config)
     found = generate(name, packed, prompt, **WAYS[way])
