@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiling import kernel
-from .decode import decode_range
+from .decode import decode_chunks, scratch
 from .memory import load64, store64
 
 _u = np.uint64
@@ -66,17 +66,17 @@ def dequantize_head(codes, steps, centers, base, cosines, sines, begin, out, hea
 
 @kernel
 def decode_blocks(  # type: ignore[no-untyped-def]
-    source, offsets, lengths, steps, centers, cosines, sines, inner, channels, groups, tables, first, out, at
+    source, sizes, lengths, steps, centers, cosines, sines, inner, channels, groups, tables, first, out, at
 ):
     """Decode, turn blocks of (C, inner) to (inner, C), dequantize, add the centre of each channel, and rotate.
 
     Args:
         source: uint8, the chunks of all blocks.
-        offsets: (blocks, chunks + 1) int64, where each chunk starts; validated, as in `decode.decode_range`.
+        sizes: (blocks, chunks) int32, bytes of each chunk; validated, as the offsets of `decode.decode_chunks`.
         lengths: (blocks, chunks, 5) uint16.
         steps: (1, C) float32. centers: (C,) float32.
         cosines, sines: (tokens, n) float32: components d and d + n of each head are turned by these angles.
-        inner, channels, groups, tables: as in `decode.decode_range`, of one block.
+        inner, channels, groups, tables: as in `decode.decode_chunks`, of one block.
         first: block to begin with.
         out: (H, T, D) float32 with H * D = C, written.
         at: the token of `out` where block `first` starts.
@@ -87,15 +87,19 @@ def decode_blocks(  # type: ignore[no-untyped-def]
     heads, width = out.shape[0], out.shape[2]
     codes, turned = np.empty(heads * width * inner, np.int16), np.empty(width * inner, np.int16)
     raw, raw_turned = codes.view(np.uint8), turned.view(np.uint8)
-    floats, chunks, step = np.empty(0, np.float32), lengths.shape[1], steps[0]
+    floats, chunks, step, room = np.empty(0, np.float32), lengths.shape[1], steps[0], scratch()
+    offsets = np.zeros(chunks + 1, np.int64)
     tiled = inner % 4 == 0 and width % 4 == 0
-    for block in range(first, offsets.shape[0]):
-        if (
-            decode_range(
-                source, offsets[block], lengths[block], steps, inner, channels, groups, tables, 0, chunks, floats, codes
-            )
-            >= 0
-        ):
+    for block in range(sizes.shape[0]):
+        offsets[0] = offsets[chunks]
+        for k in range(chunks):
+            offsets[k + 1] = offsets[k] + sizes[block, k]
+        if block < first:
+            continue
+        bad = decode_chunks(
+            source, offsets, lengths[block], steps, inner, channels, groups, tables, 0, chunks, floats, codes, room
+        )
+        if bad >= 0:
             return block
         begin = (block - first) * inner
         for head in range(heads):

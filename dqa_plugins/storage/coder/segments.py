@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..format.codebook import Codebook
@@ -102,7 +101,7 @@ class BlockCoder:
         plan = self.plan
         bad = decode_blocks(
             segment.source.numpy(),
-            _offsets(segment),
+            segment.sizes.numpy(),
             segment.lengths.numpy(),
             self.steps.numpy(),
             centers.numpy(),
@@ -156,10 +155,3 @@ def part(segment: Segment, first: int, last: int) -> Segment:
         segment.sizes[first:last].clone(),
         segment.lengths[first:last].clone(),
     )
-
-
-def _offsets(segment: Segment) -> NDArray[np.int64]:
-    """(blocks, chunks + 1) where each chunk starts in the source."""
-    ends = np.cumsum(segment.sizes.numpy().reshape(-1), dtype=np.int64)
-    starts = np.concatenate([[0], ends[:-1]]).reshape(segment.sizes.shape)
-    return np.concatenate([starts, ends.reshape(segment.sizes.shape)[:, -1:]], axis=1)
