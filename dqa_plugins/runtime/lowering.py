@@ -111,7 +111,8 @@ class _Lowering(Eligible):
         if not isinstance(module, Int8Quantizer) or source.op != "call_module" or len(source.users) != 1:
             return
         layer = self.model.get_submodule(source.target)
-        if isinstance(layer, Int8Conv2d) and module.quantizer is None and not module.added and not module.values:
+        joins = module.quantizer is None and not module.added and not (module.values and module.folded)
+        if isinstance(layer, Int8Conv2d) and joins:
             layer.then = module
             node.replace_all_uses_with(source)
             self.graph.erase_node(node)
@@ -138,8 +139,13 @@ class _Lowering(Eligible):
                 continue
             if str(value.shape[0]) != str(quantizer.meta["val"].shape[0]):
                 continue
+            # a maximum, then the ReLU: the pass that quantizes takes it along
+            relu = pool and source.target in _RELU and set(source.users) <= {quantizer}
             with self.graph.inserting_before(user):
-                moved = self.graph.call_function(user.target, (source, *user.args[1:]), user.kwargs)
+                front = source.args[0] if relu else source
+                moved = self.graph.call_function(user.target, (front, *user.args[1:]), user.kwargs)
+                moved.meta = dict(user.meta)
+                moved = self.graph.call_function(source.target, (moved,)) if relu else moved
                 arguments: tuple[Any, ...] = (moved, *quantizer.args[1:])
                 if varies:
                     _, key, *_ = quantizer.args
