@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from dqa_plugins.errors import ExportFailed, missing
 from dqa_plugins.operators import DEQUANTIZE, grid_of
+from dqa_plugins.progress import busy
 from dqa_plugins.rounding import bound, cast, narrow, nonzero
 
 from ..options import FileForm, check_option
@@ -44,6 +45,7 @@ def require_executorch() -> None:
         raise missing("executorch", "executorch", "to_executorch") from error
 
 
+@busy("exporting to ExecuTorch")
 def to_executorch(
     model: nn.Module,
     example_inputs: Any,

@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dqa_plugins.errors import ExportFailed, missing
+from dqa_plugins.progress import busy
 
 from ..options import FileForm
 from .onnx import to_onnx
@@ -95,6 +96,7 @@ def read_onnx(file: Path) -> Any:
     return exact_divisions(require_openvino().Core().read_model(str(file)).clone())
 
 
+@busy("exporting to OpenVINO")
 def to_openvino(
     model: nn.Module,
     example_inputs: Any,

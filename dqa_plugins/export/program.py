@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.host.weights import weight_sites
+from dqa_plugins.progress import busy
 from dqa_plugins.qpp.session import forwards_of
 from dqa_plugins.sites import iter_quantizers
 
@@ -136,6 +137,7 @@ def _traced(ready: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
             return torch.export.export(ready, inputs, dynamic_shapes=open_range)
 
 
+@busy("exporting")
 def to_exported_program(
     model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True, dynamic_shapes: Any = None
 ) -> ExportedProgram:

@@ -54,7 +54,7 @@ class _Announcement(event.Listener):
             self.timer = None
             self.spent += time.monotonic() - self.began
             if self.bar is not None:
-                self.bar.__exit__(None, None, None)
+                self.bar.close()
                 self.bar = None
 
     def show(self) -> None:

@@ -21,6 +21,7 @@ from dqa_plugins.errors import UnsupportedInput
 from dqa_plugins.export.frozen import FrozenPredictor
 from dqa_plugins.export.program import as_inputs, make_program
 from dqa_plugins.operators import DEQUANTIZE, FAKE_QUANTIZE, MODULE, modules_as_nodes
+from dqa_plugins.progress import busy
 
 from .eligible import LAYERS, Eligible
 from .facts import tensors
@@ -33,6 +34,7 @@ _RELU = (aten.relu.default, aten.relu_.default)
 _SHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.dropout.default)
 
 
+@busy("lowering")
 def lower(converted: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> GraphModule:
     """Compute the convolutions and linears of a converted model in int8, where that is exact.
 

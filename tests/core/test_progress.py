@@ -19,6 +19,23 @@ def test_a_short_call_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_a_call_without_steps_counts_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+
+    @progress.busy("thinking")
+    def think() -> None:
+        time.sleep(0.3)
+
+    think()
+    assert "thinking" in capsys.readouterr().err
+    with progress.Progress(3, False, what="a caller that wants no bar", unit="step"):
+        think()
+        assert len(list(progress.counted([1, time.sleep(0.1)], what="counting", unit="number"))) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_a_long_one_shows_what_it_does(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PATIENCE", 0.05)
 

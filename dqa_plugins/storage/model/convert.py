@@ -31,7 +31,7 @@ from ...graph.record import record_shapes
 from ...method import Method
 from ...methods import check_method
 from ...options import Coding, check_option
-from ...progress import counted
+from ...progress import busy, counted
 from ...quantizer import ActivationQuantizer
 from ..format.errors import NothingToStore, NotPackable
 from ..format.layout import CODINGS
@@ -43,6 +43,7 @@ from .sites import Pack, StoredSite, Unpack
 from .subsampling import Subsampling, read_subsample, subsampled, subsampling
 
 
+@busy("tracing")
 def prepare_stored(
     model: nn.Module, method: Method, example_inputs: Any, min_lifetime: int = 1, *, skip: tuple[str, ...] = ()
 ) -> GraphModule:
