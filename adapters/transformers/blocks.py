@@ -141,7 +141,8 @@ def run(work: Sequence[Callable[[], None]]) -> None:
     """Do pieces of work, several at a time where they are many.
 
     torch's idle threads spin for milliseconds after each of its operations (GNU OpenMP, torch 2.13): a few pieces are
-    done before another thread gets a core (at 2,048 tokens and two threads: 32 ms a token alone, 49 ms shared).
+    done before another thread gets a core (SmolLM2-135M, 2,048 tokens, two threads: sharing took 49 ms a token, one
+    thread's work is 32 ms).
     """
     if len(work) >= _MANY:
         engine.run_all(work)

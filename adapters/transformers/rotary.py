@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_AT_A_TIME = 1024  # positions
+
 
 class Turn(NamedTuple):
     """Angles of tokens: cosines and sines, (tokens, n) float32, contiguous."""
@@ -25,8 +27,12 @@ class Turn(NamedTuple):
 
 def turn(frequencies: tuple[float, ...], positions: Tensor) -> Turn:
     """Angles of positions (T,), for n frequencies in radians per token."""
-    angle = positions.double()[:, None] * torch.tensor(frequencies, dtype=torch.float64)
-    return Turn(angle.cos().float(), angle.sin().float())
+    of = torch.tensor(frequencies, dtype=torch.float64)
+    made = Turn(torch.empty(len(positions), len(of)), torch.empty(len(positions), len(of)))
+    for at in range(0, len(positions), _AT_A_TIME):  # float64 is twice as large as what is kept
+        angle = positions[at : at + _AT_A_TIME].double()[:, None] * of
+        made.cos[at : at + _AT_A_TIME], made.sin[at : at + _AT_A_TIME] = angle.cos(), angle.sin()
+    return made
 
 
 def rotated(x: Tensor, by: Turn, back: bool = False) -> Tensor:

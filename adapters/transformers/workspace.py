@@ -34,6 +34,8 @@ class Workspace:
         """Angles of `count` positions from `first` on."""
         begin, made = self._turns.get(frequencies, (0, None))
         if made is None or first < begin or first + count > begin + len(made.cos):
+            del made  # the old one goes before the new one comes
+            self._turns.pop(frequencies, None)
             begin, made = first, turn(frequencies, torch.arange(first, first + count + _SPARE))
             self._turns[frequencies] = begin, made
         return made.behind(first - begin)
