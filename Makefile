@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 # what `make quick` runs: the core and what rooms share; the folder of a room is run by hand (CONTRIBUTING.md)
 QUICK := tests/core tests/graph tests/host tests/qpp tests/report tests/test_structure.py tests/test_docs.py
 
-.PHONY: demo quick check docs test test-slow mutations torture bench clean
+.PHONY: demo quick check results results-check docs test test-slow mutations torture bench clean
 
 # torch first and pinned: on its own it would pull the CUDA build
 $(STAMP): pyproject.toml constraints.txt
@@ -33,6 +33,16 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m examples.results --check
+
+# the figures of README and docs: PARTS="dqa_table1 qpp_tables" measures the rows that their JSONs lack and renders the
+# pages, PARTS=--all everything (hours), PARTS="--all --quick" a small pass into out/results; without PARTS: render only
+PARTS ?=
+results: $(STAMP)
+	$(BIN)/python -m examples.results $(PARTS)
+
+results-check: $(STAMP)
+	$(BIN)/python -m examples.results --check
 
 # out/site, from the pages and docstrings alone: nothing of ours is imported, nothing is fetched
 docs: $(STAMP)

@@ -1,35 +1,67 @@
-"""A progress bar where tqdm is installed and wanted; log messages otherwise."""
+"""A progress bar where tqdm is installed and wanted; log messages otherwise.
+
+Bars go to stderr. Those that no argument turns off come after two seconds; TQDM_DISABLE=1 in the environment does.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+PATIENCE = 2.0  # seconds that a call may take in silence
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+
+def counted(items: Iterable[Item], *, what: str, unit: str) -> Iterator[Item]:
+    """Items, with a progress bar once they have taken two seconds.
+
+    Args:
+        items: what is worked on, a step each; their number is shown where it is known.
+        what, unit: see `Progress`.
+    """
+    total = len(items) if isinstance(items, Sized) else None
+    with Progress(total, True, what=what, unit=unit, delay=PATIENCE, leave=False) as bar:
+        for item in items:
+            yield item
+            bar.advance()
 
 
 class Progress:
     """Counts the steps of a long call.
 
     Args:
-        total: steps in all.
+        total: steps in all; None where that is not known.
         shown: False: no bar.
         done: steps done before (resumed).
         what: is being done, "ranking channels".
         unit: of a step, "channel".
+        delay: seconds before the bar is drawn.
+        leave: False: it goes away at the end.
     """
 
-    def __init__(self, total: int, shown: bool, done: int = 0, *, what: str, unit: str) -> None:
+    def __init__(
+        self,
+        total: int | None,
+        shown: bool,
+        done: int = 0,
+        *,
+        what: str,
+        unit: str,
+        delay: float = 0.0,
+        leave: bool = True,
+    ) -> None:
         self._bar: Any = None
         self._what = what
         if shown:
             try:
                 from tqdm.auto import tqdm
             except ImportError:
-                logger.info("tqdm is not installed: no progress bar; %s, %d %ss", what, total, unit)
+                logger.info("tqdm is not installed: no progress bar; %s, %s %ss", what, total, unit)
             else:
-                self._bar = tqdm(total=total, initial=done, desc=what, unit=unit)
+                self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, delay=delay, leave=leave)
 
     def at(self, name: str) -> None:
         """Say what comes now: a layer, a method, a backend."""

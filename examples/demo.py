@@ -27,9 +27,12 @@ from dqa_plugins import DQA, DenseSparse, Direct, Method, NoisyQuant
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.export import onnxruntime_session, to_onnx
 from dqa_plugins.report import activation_report
+from examples.benchmarks.machine import machine
 from examples.networks import load
 from examples.networks.digits import calibration_subset, load_split
 from examples.quiet import quiet_hosts
+from examples.reproductions.common import code_version
+from examples.reproductions.style import style
 
 BITS = (2, 3, 4)
 CALIBRATION = 256  # training images
@@ -137,21 +140,18 @@ def plot(rows: list[dict[str, Any]], fp32: float, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
-    markers = dict(zip(variants(4), "ovsovsDP*", strict=True))
-    for name, marker in markers.items():
-        points = [(r["bits_per_activation"], r["accuracy"]) for r in rows if r["method"] == name]
-        style = {"linestyle": ":" if "signed" in name else "-" if "channel" not in name else "--"}
-        axes.plot(*zip(*sorted(points), strict=True), marker=marker, label=name, **style)
-    axes.axhline(fp32, color="grey", linewidth=1, label="FP32")
-    axes.set(
-        title="ResNet-32 on digits: every activation quantized, weights 8 bits",
-        xlabel="bits per activation (fixed-length codes, side information included)",
-        ylabel="test accuracy, %",
-        ylim=(0, 102),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8, ncols=2)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    for name in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((r["bits_per_activation"], r["accuracy"]) for r in rows if r["method"] == name)
+        for axes in panels:
+            axes.plot(*zip(*points, strict=True), label=name, **style(name))
+    for axes, ends in zip(panels, ((0, 102), (90, 100)), strict=True):
+        axes.axhline(fp32, color="grey", linewidth=1, label="FP32")
+        axes.set(xlabel="bits per activation, side information included", ylabel="test accuracy, %", ylim=ends)
+        axes.grid(alpha=0.3)
+    panels[1].set_title("above 90%")
+    figure.suptitle("ResNet-32 on digits: activations of all layers but the first and last quantized, weights 8 bits")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -181,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     show(rows, fp32)
     plot(rows, fp32, options.out / "demo.png")
     report = {"network": "resnet32", "fp32_accuracy": fp32, "seconds": time.perf_counter() - started, "rows": rows}
+    report |= {"code": code_version(), "seeds": [0], "machine": {**machine(), "threads": 1}}
     (options.out / "demo.json").write_text(json.dumps(report, indent=1))
     for row in rows:
         if row["sites_with_noise"] and row["method"] == "NoisyQuant":

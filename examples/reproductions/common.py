@@ -288,7 +288,8 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any] | None
 
 
 def axes(panels: int, width: float = 5.6, height: float = 4.2, *, columns: int | None = None) -> tuple[Any, list[Any]]:
-    """A figure that needs no display, and its panels in reading order."""
+    """A figure that needs no display, and its panels in reading order; at most 11 inches wide, so that its text can be
+    read where a page shows it 1,000 pixels wide."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -296,6 +297,8 @@ def axes(panels: int, width: float = 5.6, height: float = 4.2, *, columns: int |
 
     across = min(panels, columns or panels)
     down = -(-panels // across)
+    width = min(width, 11 / across)
+    plt.rcParams.update({"font.size": 10, "legend.fontsize": 9, "axes.titlesize": 10})
     figure, grid = plt.subplots(
         down, across, figsize=(width * across, height * down), squeeze=False, layout="constrained"
     )

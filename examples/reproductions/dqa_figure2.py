@@ -134,16 +134,16 @@ def measure(bits: int, options: common.Options) -> dict[str, Any]:
 
 def plot(rows: list[dict[str, Any]], task: Workload, options: common.Options) -> None:
     """The distributions, one panel per bit width, and the bits."""
-    figure, panels = common.axes(len(rows) + 1, width=4.4, height=3.8)
+    figure, panels = common.axes(len(rows) + 1, width=5.4, height=3.4, columns=2)
     symbols = np.arange(2**EXTRA)
     for axis, row in zip(panels, rows, strict=False):
-        axis.bar(symbols - 0.2, row["distribution"], 0.4, label="all values")
-        axis.bar(symbols + 0.2, row["distribution_nonzero"], 0.4, label="non-zero activations")
+        axis.bar(symbols - 0.2, row["distribution"], 0.4, label="all values", color="tab:green")
+        axis.bar(symbols + 0.2, row["distribution_nonzero"], 0.4, label="non-zero activations", color="palegreen")
         axis.axhline(2.0**-EXTRA, color="grey", linewidth=1, linestyle=":", label="uniform")
-        axis.set_title(f"n = {row['bits']}, m = {EXTRA}; {100 * row['zero_activations']:.0f}% zeros", fontsize=10)
+        axis.set_title(f"n = {row['bits']}, m = {EXTRA}; {100 * row['zero_activations']:.0f}% zeros")
         axis.set_xlabel("shift error (code of m bits)")
         axis.set_ylabel("share")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=9)
     x = np.arange(len(rows))
     names = {
         "entropy": "entropy",
@@ -152,13 +152,14 @@ def plot(rows: list[dict[str, Any]], task: Workload, options: common.Options) ->
         "codebook_per_sample": "Huffman, a table for every sample",
         "held": "bytes really held",
     }
+    shades = ("black", "darkgreen", "tab:green", "limegreen", "palegreen")
     for number, (key, name) in enumerate(names.items()):
-        panels[-1].bar(x + 0.17 * (number - 2), [row[key] for row in rows], 0.16, label=name)
+        panels[-1].bar(x + 0.17 * (number - 2), [row[key] for row in rows], 0.16, label=name, color=shades[number])
     panels[-1].axhline(EXTRA, color="grey", linewidth=1, linestyle=":", label="m bits, uncoded")
     panels[-1].set_xticks(x, [f"n = {row['bits']}" for row in rows])
-    panels[-1].set_ylim(0, 4.6)
+    panels[-1].set_ylim(0, 5.6)
     panels[-1].set_ylabel("bits per shift error")
-    panels[-1].legend(fontsize=7, loc="upper right")
+    panels[-1].legend(fontsize=8, loc="upper right")
     figure.suptitle(f"Shift errors of stored shortcuts: {task.title}")
     common.save(figure, options, "dqa_figure2")
 

@@ -12,6 +12,7 @@ ranked by greedy search; every run draws its own calibration subset, on which ch
     |max A|             the literal one with |max(A)|, as printed, in place of max|A|
     first best          the paper's line 13: among channels of equal accuracy the first, not the lower cross-entropy
     unsigned, channel   unsigned where there is no negative value, one static scale per channel: the plain rival
+    static scale        the maximum over calibration, which the authors' searches start from
     searched clip       the NoisyQuant authors' clip search alone, and with their search of noise and mean (on the
                         activation: behind a shortcut there is no linear layer), static and per sample
 
@@ -75,6 +76,8 @@ def settings(bits: int, ratio: float) -> dict[str, Setting]:
         "DQA": Setting(dqa, "shift_error", "greedy"),
         "DQA, random channels": Setting(dqa, "shift_error", "random"),
         "DQA, first best": Setting(dqa, "shift_error", "first"),
+        "Direct, static scale": Setting(direct.replace(qparams="static")),
+        "NoisyQuant, static scale": Setting(NoisyQuant.paper(bits).replace(qparams="static")),
         "Direct, searched clip": Setting(clip),
         "NoisyQuant, searched clip": Setting(script),
         "Direct, searched clip, per sample": Setting(clip.replace(qparams="dynamic")),
@@ -225,12 +228,16 @@ def plot(cells: list[dict[str, Any]], report: dict[str, Any], options: common.Op
         for number, name in enumerate(shown):
             found = [c for c in cells if c["network"] == network and c["method"] == name]
             x = [c["bits"] + 0.03 * (number - 4) for c in found]
-            y, spread = [c["score"].mean for c in found], [c["score"].std for c in found]
+            y = [report["fp32"][network]["score"] - c["score"].mean for c in found]
+            spread = [c["score"].std for c in found]
             axis.errorbar(x, y, spread, capsize=2, label=name, **style(name))
-        axis.axhline(report["fp32"][network]["score"], color="grey", linewidth=1, label="FP32")
+        axis.axhline(0, color="grey", linewidth=1, label="FP32")
+        axis.set_yscale("symlog", linthresh=1)  # what is lost at 2 bits would hide the rest
+        axis.set_yticks((0, 0.5, 1, 2, 5, 10, 20, 50), ("0", "0.5", "1", "2", "5", "10", "20", "50"))
+        axis.set_ylim(90, -1)
         axis.set_xticks(BITS)
         axis.set_xlabel("bits n of a code")
-        axis.set_ylabel(report["metric"][network])
+        axis.set_ylabel(f"points of {report['metric'][network].removesuffix(' %')} below FP32")
         axis.set_title(report["data"][network].replace(", ", "\n", 1), fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10)

@@ -27,6 +27,7 @@ from dqa_plugins.metrics import density
 from dqa_plugins.qpp import QPPReport, qpp_report
 from examples.reproductions import common
 from examples.reproductions.qpp_tables import DENSITY, density_samples, method, quantize
+from examples.reproductions.style import colour
 from examples.reproductions.workloads import Workload, workload
 
 KEY = "resnet32"
@@ -35,9 +36,9 @@ DENSITIES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
 BITS = (4, 3, 2)
 FIRST, MIDDLE = "relu1", "blocks.7.relu2"
 PREDICTORS = {
-    "1 QPP (paper)": QPP(mode="paper", sites=(FIRST,)),
-    "2 QPP (paper)": QPP(mode="paper", sites=(FIRST, MIDDLE)),
-    "1 QPP (default mode)": QPP(sites=(FIRST,)),
+    "QPP, paper, one predictor": QPP(mode="paper", sites=(FIRST,)),
+    "QPP, paper, two predictors": QPP(mode="paper", sites=(FIRST, MIDDLE)),
+    "QPP, extended": QPP(sites=(FIRST,)),
 }
 
 
@@ -108,51 +109,50 @@ def plot_figures_4_and_5(report: dict[str, Any], task: Workload, options: common
     panels[0].axhline(100 * DENSITY, color="grey", linewidth=1, linestyle=":")
     panels[0].set_xlabel("error of the threshold, %")
     panels[0].set_ylabel("density, %")
-    panels[0].set_title("Figure 4: density against threshold error (target 1%)", fontsize=10)
-    panels[0].legend(fontsize=8)
-    for bits in BITS:
-        values = report["figure 5"][str(bits)]
-        panels[1].plot([100 * d for d in DENSITIES], values, "o-", label=f"w8a{bits}")
+    panels[0].set_title("Figure 4: density against threshold error (target 1%)")
+    panels[0].legend()
+    for (bits, values), shade in zip(report["figure 5"].items(), ("tab:red", "salmon", "darkred"), strict=False):
+        panels[1].plot([100 * d for d in DENSITIES], values, "o-", color=shade, label=f"{bits} bits")
     panels[1].axhline(report["fp32"], color="grey", linewidth=1, label="FP32")
     panels[1].set_xlabel("density, %")
     panels[1].set_ylabel(task.metric)
-    panels[1].set_title("Figure 5: accuracy against density (dynamic thresholds)", fontsize=10)
-    panels[1].legend(fontsize=8)
+    panels[1].set_title("Figure 5: accuracy against density (dynamic thresholds)")
+    panels[1].legend()
     figure.suptitle(task.title)
     common.save(figure, options, "qpp_figures_4_5")
 
 
 def plot_figures_7_to_9(found: dict[str, QPPReport], task: Workload, options: common.Options) -> None:
     """Error per layer; distributions of the density."""
-    figure, panels = common.axes(4, width=6.4, height=3.9, columns=2)
+    figure, panels = common.axes(4, width=5.4, height=4.2, columns=2)
     first = next(iter(found.values()))
-    colors = dict(zip(("static", *found), ("tab:brown", "black", "tab:blue", "tab:green"), strict=True))
+    colors = {name: colour(name) for name in ("static", *found)}
     lines = {"static": layer_errors(first, "static"), **{n: layer_errors(r, "predicted") for n, r in found.items()}}
     for name, line in lines.items():
-        style = ":" if name.startswith("1 QPP (paper") else "-"
+        dashes = ":" if name == "QPP, paper, one predictor" else "-"
         places = range(1, len(line["mean"]) + 1)
-        panels[0].plot(places, line["mean"], style, color=colors[name], label=name)
-        panels[1].plot(places, line["std"], style, color=colors[name], label=name)
+        panels[0].plot(places, line["mean"], dashes, color=colors[name], label=name)
+        panels[1].plot(places, line["std"], dashes, color=colors[name], label=name)
     sites = [layer.site for layer in first.layers]
     for axis, what in zip(panels, ("mean", "standard deviation"), strict=False):
         axis.axvline(sites.index(MIDDLE) + 1, color="grey", linewidth=1, label="second predictor")
-        axis.set_xlabel("quantized layer")
-        axis.set_ylabel("error of the threshold against dynamic, %")
-        axis.set_title(f"Figure 7: error per layer, {what} over samples", fontsize=10)
-        axis.legend(fontsize=8)
+        axis.set_xticks(range(1, len(sites) + 1, 4), sites[::4], rotation=60, ha="right", fontsize=8)
+        axis.set_ylabel("error of the threshold, %")
+        axis.set_title(f"Figure 7: error per layer, {what} over samples")
+        axis.legend()
     bins = torch.linspace(0, 4, 28).tolist()  # wider than one element of the smallest layers
     for axis, name, number in zip(panels[2:], list(found)[:2], (8, 9), strict=True):
-        shown = (("static", "tab:brown"), ("predicted", "tab:blue"))
+        shown = (("static", colour("static")), ("predicted", colour(name)))
         for source, color in shown:
             label = "static" if source == "static" else name
             axis.hist(densities(found[name], source).clamp(max=4).tolist(), bins, alpha=0.5, color=color, label=label)
-        default = densities(found["1 QPP (default mode)"], "predicted").clamp(max=4).tolist()
-        axis.hist(default, bins, histtype="step", color="tab:green", label="1 QPP (default mode)")
+        default = densities(found["QPP, extended"], "predicted").clamp(max=4).tolist()
+        axis.hist(default, bins, histtype="step", color=colour("QPP, extended"), label="QPP, extended")
         axis.axvline(100 * DENSITY, color="black", linewidth=1)
         axis.set_xlabel("density, % (right edge: 4% and above)")
         axis.set_ylabel("(sample, layer) pairs")
-        axis.set_title(f"Figure {number}: distribution of the density, {name}", fontsize=10)
-        axis.legend(fontsize=8)
+        axis.set_title(f"Figure {number}: distribution of the density, {name}")
+        axis.legend()
     figure.suptitle(f"{task.title}; w8a4, density 1%")
     common.save(figure, options, "qpp_figures_7_8_9")
 
@@ -164,9 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     common.settle()
     task = workload(KEY, options.data, options.weights, quick=options.quick)
     four = {"gaussian": [gaussian_density(e) for e in ERRORS], **measured_density(task)}
-    jobs = [(bits, share, options) for bits in BITS for share in DENSITIES]
+    widths = [bits for bits in BITS if options.asks_for(bits)]
+    jobs = [(bits, share, options) for bits in widths for share in DENSITIES]
     scores = common.run_jobs(accuracy_at, jobs, options)
-    five = {str(b): scores[k * len(DENSITIES) : (k + 1) * len(DENSITIES)] for k, b in enumerate(BITS)}
+    five = {str(b): scores[k * len(DENSITIES) : (k + 1) * len(DENSITIES)] for k, b in enumerate(widths)}
     reports = common.run_jobs(predictions, [(name, options) for name in PREDICTORS], options)
     found = dict(zip(PREDICTORS, reports, strict=True))
     report: dict[str, Any] = {"data": task.title, "fp32": task.score(task.model), "threshold errors": ERRORS}
@@ -178,9 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         name: {s: {"FR(1)": r.failure_rate(s, 1.0), "FR(0.5)": r.failure_rate(s, 0.5)} for s in ("static", "predicted")}
         for name, r in found.items()
     }
-    rows = [[f"{100 * d:.2f}", *(f"{five[str(b)][k]:.2f}" for b in BITS)] for k, d in enumerate(DENSITIES)]
+    rows = [[f"{100 * d:.2f}", *(f"{five[str(b)][k]:.2f}" for b in widths)] for k, d in enumerate(DENSITIES)]
     common.show(
-        f"QPP figure 5: {task.title}; FP32 {report['fp32']:.2f}", ("density %", *(f"w8a{b}" for b in BITS)), rows
+        f"QPP figure 5: {task.title}; FP32 {report['fp32']:.2f}", ("density %", *(f"w8a{b}" for b in widths)), rows
     )
     lines = [[f"{100 * e:+.0f}", *(f"{100 * four[k][i]:.2f}" for k in four)] for i, e in enumerate(ERRORS)]
     columns = ("threshold error %", "Gaussian: density %", "this network: quartile", "median", "quartile")
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name, line in report["figure 7"].items():
         means = [torch.tensor(line["mean"][part]).mean() for part in parts]
         frs = report["failure rates"][name]["predicted"] if name in found else None
-        frs = frs or report["failure rates"]["1 QPP (paper)"]["static"]
+        frs = frs or report["failure rates"]["QPP, paper, one predictor"]["static"]
         table.append([name, *(f"{m:.1f}" for m in means), *(f"{100 * frs[k]:.1f}" for k in ("FR(1)", "FR(0.5)"))])
     columns = ("", "error %: first third", "middle", "last third of the layers", "FR(1) %", "FR(0.5) %")
     common.show(f"QPP figures 7 to 9: {task.title}; w8a4, density 1%", columns, table)

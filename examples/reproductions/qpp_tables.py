@@ -2,7 +2,8 @@
 
     python -m examples.reproductions.qpp_tables --quick
     python -m examples.reproductions.qpp_tables --network espcn --data ~/Set5
-    python -m examples.reproductions.qpp_tables --network efficientnet_lite0 --data ~/imagenet
+    python -m examples.reproductions.qpp_tables --network resnet18 --data ~/imagenet
+    python -m examples.reproductions.qpp_tables --network hrnet --data ~/cityscapes --weights hrnet.safetensors
 
 Weights to 8 bits by equation 16, activations to 4 or 8, density 1%. As in the paper the first and last layer stay float
 (not in ESPCN), features are taken at the first ReLU of the classifiers, at the input of ESPCN and at four places of the
@@ -56,7 +57,7 @@ DENSITY = 0.01
 SITES: dict[str, tuple[str, ...]] = {
     "espcn": ("input",),
     "unet": ("down.0.relu1", "down.2.relu1", "bottom.relu1", "merge.1.relu1"),
-    "hrnet": ("backbone.act1", "backbone.stage2", "backbone.stage3", "backbone.stage4"),
+    "hrnet": ("backbone.act1", "backbone.transition1", "backbone.transition2", "backbone.transition3"),
 }
 SAMPLES = 128  # calibration samples, at least
 

@@ -45,13 +45,13 @@ TARGETS = {"efficientnet_lite0": (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)}
 SMALL_BITS, SMALL_TARGETS = (2, 3, 4, 5, 6), (0.8, 1.0, 1.2, 1.35, 1.5, 1.75, 2.2)
 POINTS = 0.5  # the goal: within this many points of FP32
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-_STYLES = {
-    "direct": ("tab:gray", "s", ":"),
-    "rival": ("tab:blue", "^", ":"),
-    "rival_joint": ("tab:blue", "^", "-"),
-    "dqa_paper": ("tab:orange", "o", ":"),
-    "dqa_joint": ("tab:orange", "o", "-"),
-    "allocated": ("tab:red", "D", "-"),
+_STYLES = {  # colours as in `style`: by method, the light ones with one scale per channel
+    "direct": ("Direct, signed, per tensor", "tab:blue", "o", ":"),
+    "rival": ("Direct, unsigned, per channel", "deepskyblue", "^", ":"),
+    "rival_joint": ("the same, entropy coded", "deepskyblue", "^", "-"),
+    "dqa_paper": ("DQA, the paper's layout", "tab:green", "s", ":"),
+    "dqa_joint": ("the same values, entropy coded", "tab:green", "s", "-"),
+    "allocated": ("allocated steps, entropy coded", "tab:pink", "D", "-"),
 }
 
 
@@ -187,17 +187,17 @@ def needed(rows: list[dict[str, Any]], reference: float) -> dict[str, float | No
 
 def draw(results: list[dict[str, Any]], options: Options) -> None:
     """One panel per network."""
-    figure, panels = axes(len(results), width=5.8, height=4.6)
+    figure, panels = axes(len(results), width=5.8, height=4.8)
     for axis, result in zip(panels, results, strict=True):
         reference = result["percent_fp32"]
         for curve in CURVES:
             rows = sorted((r for r in result["points"] if r["curve"] == curve), key=lambda r: r["stored_bits"])
-            color, marker, line = _STYLES[curve]
+            name, color, marker, line = _STYLES[curve]
             axis.errorbar(
                 [r["stored_bits"] for r in rows],
                 [r["percent"] for r in rows],
                 [r["interval_95"] or 0.0 for r in rows],
-                color=color, marker=marker, linestyle=line, markersize=4, capsize=2, linewidth=1.3, label=curve,
+                color=color, marker=marker, linestyle=line, markersize=4, capsize=2, linewidth=1.3, label=name,
             )  # fmt: skip
         axis.axhline(reference, color="black", linewidth=0.8, label="FP32")
         axis.axhline(reference - POINTS, color="black", linewidth=0.8, linestyle="--", label=f"FP32 - {POINTS}")
@@ -207,12 +207,13 @@ def draw(results: list[dict[str, Any]], options: Options) -> None:
         axis.set_xlim(*((0.7, 8.0) if result["metric"] == "test accuracy" else (1.4, 10.0)))
         ticks = [t for t in (0.75, 1, 1.5, 2, 3, 4, 6, 8) if axis.get_xlim()[0] <= t]
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axis.set_xlabel("stored bits per activation, tables included")
+        axis.set_xlabel("stored bits per activation")
         axis.set_ylabel(f"{result['metric']}, %")
         data = "photo crops" if result["network"] == "efficientnet_lite0" else "digits"
-        axis.set_title(f"{result['network']} on {data}, {result['runs']} calibrations")
+        title = {"resnet32": "ResNet-32", "mobilenetv2": "MobileNetV2"}.get(result["network"], "EfficientNet-Lite0")
+        axis.set_title(f"{title} on {data}\n{result['runs']} calibrations")
     lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4 if len(results) == 1 else 8, fontsize=8)
+    figure.legend(lines, labels, loc="outside lower center", ncols=4)
     save(figure, options, "stored_bits")
 
 

@@ -18,11 +18,16 @@ from torch import Tensor, nn
 from dqa_plugins.metrics import IGNORED
 from examples.networks import digits, efficientnet_lite, load, photos, scenes
 from examples.networks.mobilenet import MobileNetV2
+from examples.networks.others import HRNetSegmentation, torchvision_resnet
 from examples.networks.resnet import resnet32
 from examples.networks.unet import UNet
 from examples.reproductions.datasets import Split, cifar10, imagenet
-from examples.reproductions.pixels import CITYSCAPES_CLASSES, cityscapes, super_resolution_folder
+from examples.reproductions.pixels import CITYSCAPES_CLASSES, CITYSCAPES_SIZE, cityscapes, super_resolution_folder
 
+IMAGENET_GREY = (
+    torch.tensor([0.485, 0.456, 0.406])[:, None, None],
+    torch.tensor([0.229, 0.224, 0.225])[:, None, None],
+)
 Batches = list[tuple[Tensor, Tensor]]
 PATCH = 80  # pixels, low resolution: what ESPCN is calibrated on
 # EfficientNet-Lite0 without ImageNet: crops of these photos are tested, crops of the others calibrate
@@ -34,7 +39,12 @@ NAMES = {
     "unet": "U-Net",
     "espcn": "ESPCN",
     "efficientnet_lite0": "EfficientNet-Lite0",
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+    "hrnet": "HRNetV2-W18",
 }
+PAPERS_OWN = ("resnet18", "resnet34", "hrnet")  # the QPP paper's; --data only
+HRNET_SIZE = (512, 1024)
 
 
 @dataclass
@@ -181,16 +191,18 @@ def workload(key: str, data: Path | None = None, weights: Path | None = None, *,
     """
     if key not in NAMES:
         raise ValueError(f"no workload for {key!r}; there are {', '.join(NAMES)}.")
-    if data is not None and key in ("resnet32", "mobilenetv2", "unet") and weights is None:
+    if data is None and key in PAPERS_OWN:
+        raise ValueError(f"{NAMES[key]} has no stand-in: give --data, a folder of the QPP paper's data set.")
+    if data is not None and key in ("resnet32", "mobilenetv2", "unet", "hrnet") and weights is None:
         raise ValueError(
             f"the shipped weights of {key} were trained on stand-in data and do not fit {data}: give --weights, a "
-            "safetensors file of the same network trained there (3 input channels; 10 classes, U-Net 19)."
+            "safetensors file of the same network trained there (3 input channels; 10 classes, U-Net and HRNet 19)."
         )
     if key in ("resnet32", "mobilenetv2"):
         return _classifier(key, data, weights, quick)
-    if key == "unet":
-        return _segmentation(data, weights, quick)
-    return _espcn(data, quick) if key == "espcn" else _efficientnet(data, quick)
+    if key in ("unet", "hrnet"):
+        return _segmentation(key, data, weights, quick)
+    return _espcn(data, quick) if key == "espcn" else _imagenet(key, data, weights, quick)
 
 
 def _with_weights(model: nn.Module, weights: Path) -> nn.Module:
@@ -241,16 +253,18 @@ def _classifier(key: str, data: Path | None, weights: Path | None, quick: bool) 
     return Workload(key, name, False, load(key)[0], test, draw, calibration, ranking, 128, 0.4, "accuracy %", grey)
 
 
-def _segmentation(data: Path | None, weights: Path | None, quick: bool) -> Workload:
+def _segmentation(key: str, data: Path | None, weights: Path | None, quick: bool) -> Workload:
     if data is not None and weights is not None:
-        test = _cut(*cityscapes(data, "val"), 4)
-        model = _with_weights(UNet(3, CITYSCAPES_CLASSES), weights)
+        size = CITYSCAPES_SIZE if key == "unet" else HRNET_SIZE
+        test = _cut(*cityscapes(data, "val", 50 if quick else None, size=size), 4)
+        network = UNet(3, CITYSCAPES_CLASSES) if key == "unet" else HRNetSegmentation(CITYSCAPES_CLASSES)
+        model = _with_weights(network, weights)
 
         def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
-            return cityscapes(data, "train", count, seed=seed)
+            return cityscapes(data, "train", count, seed=seed, size=size)
 
-        grey = (torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None])
-        return Workload("unet", "Cityscapes", True, model, test, draw, 50, 50, 4, 0.5, "mIoU %", grey)
+        name = f"Cityscapes at {size[0]} x {size[1]}"
+        return Workload(key, name, True, model, test, draw, 50, 50, 4, 0.5, "mIoU %", IMAGENET_GREY)
     inputs, targets = scenes.digit_scenes(60 if quick else 200, seed=1, part="test")
     draw = _pick(*scenes.digit_scenes(500, seed=0, part="train"))
     grey = (torch.tensor(digits.MEAN), torch.tensor(digits.STD))
@@ -283,28 +297,30 @@ def _espcn(data: Path | None, quick: bool) -> Workload:
     return Workload("espcn", name, data is not None, load("espcn")[0], test, draw, 128, 32, 16, 0.4, "PSNR dB")
 
 
-def _efficientnet(data: Path | None, quick: bool) -> Workload:
-    """Real ImageNet weights. Without the data set the targets are the float network's own answers."""
-    model = load("efficientnet_lite0")[0]
-    mean, std = torch.tensor(127 / 255), torch.tensor(128 / 255)
+def _imagenet(key: str, data: Path | None, weights: Path | None, quick: bool) -> Workload:
+    """Networks with real ImageNet weights. Without the data set the targets are the float network's own answers."""
+    if key == "efficientnet_lite0":
+        model, grey = load(key)[0], (torch.tensor(127 / 255), torch.tensor(128 / 255))
+    else:
+        model, grey = torchvision_resnet(key, trained=weights is None), IMAGENET_GREY
+        model = model if weights is None else _with_weights(model, weights)
     if data is not None:
+        mean, std = grey
         folder = imagenet(data)
         size = efficientnet_lite.INPUT_SIZE
         order = torch.randperm(len(folder.files), generator=torch.Generator().manual_seed(0)).tolist()
         # the folder has no training part: subsets are drawn from the first half, the score is taken on the other
         half = len(order) // 2
         test_images, test_labels = folder.load(order[half : half + (500 if quick else 5000)], size)
-        test = _cut(efficientnet_lite.normalize(test_images), test_labels, 16)
+        test = _cut((test_images / 255 - mean) / std, test_labels, 16)
 
         def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
             chosen = torch.randperm(half, generator=torch.Generator().manual_seed(seed))[:count].tolist()
             images, labels = folder.load([order[k] for k in chosen], size)
-            return efficientnet_lite.normalize(images), labels
+            return (images / 255 - mean) / std, labels
 
         name = f"ImageNet folder, {len(test_labels)} images"
-        return Workload(
-            "efficientnet_lite0", name, True, model, test, draw, 128, 32, 16, 0.4, "accuracy %", (mean, std)
-        )
+        return Workload(key, name, True, model, test, draw, 128, 32, 16, 0.4, "accuracy %", grey)
     crops, per_photo = (6 if quick else 26), 4
     test_inputs = efficientnet_lite.normalize(photos.photo_crops(crops, names=CROPS_TEST))
     with torch.no_grad():
@@ -318,6 +334,4 @@ def _efficientnet(data: Path | None, quick: bool) -> Workload:
 
     name = f"{len(answers)} crops of eight photos, agreement with FP32 (stand-in for ImageNet)"
     test, count = _cut(test_inputs, answers, 16), per_photo * len(CROPS_CALIBRATION)
-    return Workload(
-        "efficientnet_lite0", name, False, model, test, draw_crops, count, 16, 16, 0.4, "accuracy %", (mean, std)
-    )
+    return Workload(key, name, False, model, test, draw_crops, count, 16, 16, 0.4, "accuracy %", grey)

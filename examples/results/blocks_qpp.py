@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,9 +43,14 @@ def qpp_scores(metric: str = "score") -> str:
         for c in qpp_tables.scores_of(rows(), network)
     }
     shown = [n for n in NETWORKS if any(key[0] == n for key in cells)]
-    order = sorted({key[1:] for key in cells}, key=lambda k: (k[0] != 32, k[0]))
+    families, sources = (
+        ("", *qpp_tables.FAMILIES, qpp_tables.BOTH_SIDES),
+        ("FP32", "dynamic", "static", *qpp_tables.FITTED),
+    )
     lines = []
-    for bits, family, source in order:
+    for bits, family, source in itertools.product((32, *qpp_tables.BITS), families, sources):
+        if not any(key[1:] == (bits, family, source) for key in cells):
+            continue
         line = ["FP32" if bits == 32 else f"w8a{bits}, {family}, {source}"]
         for network in shown:
             c = cells.get((network, bits, family, source))

@@ -1,6 +1,6 @@
 """Pages with figures in them: what stands between two markers is rendered from a JSON of docs/results.
 
-    <!-- results: NAME ARGUMENT ... -->text<!-- end -->
+    <!--= NAME ARGUMENT ... -->text<!--/-->
 
 NAME is a function that `block` registered; its arguments are split as in a shell. Text on the marker's line is
 replaced in that line (a figure in a sentence or a cell); else the block stands on lines of its own, as a table does.
@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
-MARKED = re.compile(r"(<!-- results: (.+?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!--= (.+?) -->)(.*?)(<!--/-->)", re.DOTALL)
 BLOCKS: dict[str, Callable[..., str]] = {}
 
 

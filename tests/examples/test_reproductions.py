@@ -5,23 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dqa_plugins import DQA, QPP, DenseSparse, Direct, NoisyQuant, iter_quantizers
+from dqa_plugins import DQA, QPP, DenseSparse, Direct, NoisyQuant, functional, iter_quantizers
 from dqa_plugins.metrics import IGNORED
 from dqa_plugins.qpp import qpp_report
+from examples.networks import others
 from examples.reproductions import (
     common,
+    datasets,
     dqa_figure2,
     dqa_table1,
     noisyquant_transformer,
     qpp_figures,
+    qpp_guard,
     qpp_tables,
     qpp_toy,
+    style,
     workloads,
 )
 from examples.reproductions.workloads import Workload, workload
@@ -74,6 +79,81 @@ def test_weights_are_asked_for_with_a_data_set(tmp_path: Path) -> None:
         workload("vgg")
 
 
+@pytest.fixture
+def weights(tmp_path: Path) -> Callable[[torch.nn.Module], Path]:
+    """Saves the weights of a network."""
+    from safetensors.torch import save_file
+
+    def save(model: torch.nn.Module) -> Path:
+        save_file(model.state_dict(), tmp_path / "weights.safetensors")
+        return tmp_path / "weights.safetensors"
+
+    return save
+
+
+def pictures(folder: Path, names: Sequence[str], size: tuple[int, int], top: int = 255, grey: bool = False) -> None:
+    """Random images of (height, width)."""
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shape = size if grey else (*size, 3)
+        Image.fromarray(draw.integers(0, top + 1, shape, dtype=np.uint8)).save(folder / name)
+
+
+def test_resnet18_reads_imagenet(
+    tmp_path: Path, weights: Callable[[torch.nn.Module], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The QPP paper's network on a folder of its format, cut to three classes."""
+    pytest.importorskip("torchvision")
+    pictures(tmp_path / "val", [f"n0{k}/{i}.jpg" for k in range(3) for i in range(2)], (40, 50))
+    monkeypatch.setattr(workloads, "imagenet", lambda folder: datasets.imagenet(folder, classes=3))
+    file = weights(others.torchvision_resnet("resnet18", trained=False))
+    task = workload("resnet18", tmp_path, file, quick=True)
+    assert task.real
+    assert [tuple(x.shape) for x, _ in task.test] == [(3, 3, 224, 224)]
+    assert len(task.draw(2, 0)[0]) == 2
+    assert 0 <= task.score(task.model) <= 100
+
+
+def test_hrnet_reads_cityscapes(
+    tmp_path: Path, weights: Callable[[torch.nn.Module], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The QPP paper's network on a folder of its format; places of its four predictors."""
+    pytest.importorskip("timm")
+    for part in ("train", "val"):
+        pictures(tmp_path / "leftImg8bit" / part / "ulm", [f"{k}_leftImg8bit.png" for k in range(2)], (64, 128))
+        names = [f"{k}_gtFine_labelIds.png" for k in range(2)]
+        pictures(tmp_path / "gtFine" / part / "ulm", names, (64, 128), top=33, grey=True)
+    monkeypatch.setattr(workloads, "HRNET_SIZE", (32, 64))
+    task = workload("hrnet", tmp_path, weights(others.HRNetSegmentation()), quick=True)
+    assert set(task.scores(task.model)) == {"score", "pixel_accuracy"}
+    monkeypatch.setattr(qpp_tables, "SAMPLES", 2)
+    small = dataclasses.replace(task, calibration=2)
+    model = qpp_tables.quantize(
+        small, qpp_tables.method("Dense+Sparse", 4, qpp_tables.qparams_of("QPP, paper", "hrnet")), 0
+    )
+    read = {q.predictor.site for _, q in iter_quantizers(model)}
+    assert read == {f"backbone.{s}" for s in ("act1", "transition1.1.0.2", "transition2.2.0.2", "transition3.3.0.2")}
+
+
+def test_the_papers_own_networks_ask_for_data() -> None:
+    with pytest.raises(ValueError, match="ResNet-18 has no stand-in"):
+        workload("resnet18")
+
+
+def test_shifting_divides_the_error_by_two_to_the_m() -> None:
+    """Equations 2 and 4 of the DQA paper: |error| is delta * re on average, and delta / 2^m * re; re averages 1/4."""
+    x = torch.rand(64, 1, 4096, generator=torch.Generator().manual_seed(0)) * 1.625 - 0.8125  # whole steps, no clamp
+    bits, scale = 4, torch.tensor(1 / 8)
+    for extra in range(4):
+        codes, errors = functional.dqa_quantize(x, scale, torch.tensor([extra]), bits)
+        found = (functional.dqa_dequantize(codes, errors, scale, torch.tensor([extra])) - x).abs()
+        assert float(found.max()) <= float(scale) / 2**extra / 2 + 1e-6
+        assert float(found.mean() / scale) == pytest.approx(0.25 / 2**extra, rel=0.01)
+
+
 @pytest.mark.parametrize("method", [Direct.paper(3), DQA.paper(3)])
 def test_literal_codes_are_those_of_the_paper_in_integers(method: Direct | DQA) -> None:
     """One scale per batch, nothing clamped: code = round(x / delta) in n bits, or n + m on important channels."""
@@ -99,7 +179,7 @@ def test_one_row_of_table_1(task: Workload) -> None:
 
 def test_shift_errors_are_counted_once_each(task: Workload) -> None:
     prepared = dqa_table1.calibrated(task, DQA.paper(3, ratio=0.5), 0)
-    dqa_table1.freeze(prepared, literal=False)
+    dqa_table1.freeze(prepared, literal="")
     inputs = task.test[0][0]
     found = dqa_figure2.shift_errors(prepared, inputs)
     name, quantizer = next(iter_quantizers(prepared))
@@ -172,3 +252,56 @@ def test_noise_is_searched_on_the_output_of_a_linear_layer() -> None:
         layer.quantizer.freeze(layer.linear.weight)
         model(torch.randn(16, 3, 4))
     assert 0 < layer.errors[0] < 0.2
+
+
+def test_rows_are_written_as_they_come_and_measured_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def measure(bits: int, options: common.Options) -> dict[str, float]:
+        calls.append(bits)
+        if bits == 4:
+            raise RuntimeError("cut off")
+        return {"score": bits / 3}
+
+    options = common.parse("", ["--out", str(tmp_path), "--no-progress", "--workers", "1"])
+    with pytest.raises(RuntimeError):
+        common.collect(measure, [{"bits": 2}, {"bits": 4}], options, "x")
+    report = common.collect(measure, [{"bits": 2}, {"bits": 3}], options, "x", data="numbers")
+    assert calls == [2, 4, 3]
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert [row["score"] for row in written["rows"]] == [0.666667, 1.0]
+    assert all(row["code"] == written["code"] for row in report["rows"])
+    again = common.parse("", ["--out", str(tmp_path), "--no-progress", "--workers", "1", "--again"])
+    common.collect(measure, [{"bits": 3}], again, "x")
+    assert calls[-1] == 3
+    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 2
+    other = common.parse("", ["--out", str(tmp_path), "--no-progress", "--quick"])
+    assert len(common.collect(measure, [{"bits": 2}], other, "x")["rows"]) == 1  # smaller sizes do not mix
+
+
+def test_outliers_beyond_the_cap_are_clamped_nearest_first() -> None:
+    x = torch.tensor([[0.5, 2.0, 3.0, -4.0, 1.5], [0.1, 0.2, 5.0, 0.3, 0.4]])
+    found = qpp_guard.bounded(x, torch.tensor(-1.0), torch.tensor(1.0), 2)
+    assert found.tolist() == [[0.5, 1.0, 3.0, -4.0, 1.0], [*x[1].tolist()]]
+
+
+def test_guards_bound_the_density(task: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qpp_tables, "SAMPLES", 32)
+    monkeypatch.setattr(qpp_guard, "workload", lambda *_, **__: task)
+    options = common.Options(Path(), True, 1, 1, False, None, None, None)
+    found = {a: qpp_guard.measure("resnet32", "static", a, 0, options)["shifted"] for a in qpp_guard.ACTIONS}
+    assert found["none"]["over_limit"] > 5
+    assert found["none"]["acted"] == 0
+    for action in ("cap", "guard"):
+        assert found[action]["largest_density"] <= 100 * qpp_guard.LIMIT * qpp_tables.DENSITY
+        assert found[action]["acted"] > 5
+
+
+def test_every_row_of_a_picture_has_the_colour_of_its_method() -> None:
+    names = [*dqa_table1.settings(4, 0.4), *qpp_tables.FITTED, *noisyquant_transformer.methods(4)]
+    for name in names:
+        assert style.family(name) in name
+    assert style.colour("DQA, literal") == style.colour("DQA, first best") == style.COLOURS["DQA"]
+    assert style.colour("QPP, paper, same data") == style.COLOURS["QPP, paper"]
+    with pytest.raises(KeyError, match="has no colour"):
+        style.colour("AdaRound")

@@ -84,14 +84,14 @@ class BlockCoder:
         return found
 
     def decode(
-        self, segment: Segment, first: int, centers: Tensor, turn: tuple[Tensor, Tensor, int], out: Tensor, at: int
+        self, segment: Segment, first: int, centers: Tensor, turn: tuple[Tensor, Tensor], out: Tensor, at: int
     ) -> None:
         """Write the blocks from `first` on, dequantized, with the centre of each channel added, and rotated.
 
         Args:
             centers: (C,) float32.
-            turn: (n, tokens) float32 cosines and sines of the angles that components d and d + n of each head are
-                turned by, and the column of the first token; n may be 0.
+            turn: (tokens, n) float32 cosines and sines of the angles that components d and d + n of each head are
+                turned by; n may be 0.
             out: (H, T, D) float32, H * D = C; the blocks are written along T from `at`.
 
         Raises:
@@ -108,7 +108,6 @@ class BlockCoder:
             centers.numpy(),
             turn[0].numpy(),
             turn[1].numpy(),
-            turn[2],
             plan.layout.inner,
             plan.channels,
             plan.groups,

@@ -31,6 +31,7 @@ from ...graph.record import record_shapes
 from ...method import Method
 from ...methods import check_method
 from ...options import Coding, check_option
+from ...progress import counted
 from ...quantizer import ActivationQuantizer
 from ..format.errors import NothingToStore, NotPackable
 from ..format.layout import CODINGS
@@ -239,7 +240,7 @@ def convert_stored(prepared: GraphModule, coding: Coding = "joint") -> GraphModu
             model = convert_host(model)
             break
     order = {node: i for i, node in enumerate(model.graph.nodes)}
-    for node in list(model.graph.nodes):
+    for node in counted(list(model.graph.nodes), what="building tables", unit="node"):
         site = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(site, StoredSite):
             continue
