@@ -43,8 +43,11 @@ def _link(source: str, here: str, files: Any, found: re.Match[str]) -> str:
         return found[0]
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     path = PAGES.get(path, path.removeprefix("docs/"))
-    if files.get_file_from_path(path) is None:
+    file = files.get_file_from_path(path)
+    if file is None:
         return text if "`" in text or " " in text else f"`{text}`"
+    if text.endswith(".md"):
+        text = file.content_string.splitlines()[0].removeprefix("# ")
     return f"[{text}]({posixpath.relpath(path, posixpath.dirname(here) or '.')}{anchor})"
 
 
@@ -57,7 +60,8 @@ def _included(source: str, kind: str, target: str, anchor: str, line: str) -> st
     code = re.search(r"^```python\n.*?^```$", section, re.MULTILINE | re.DOTALL)
     if code is None:
         raise ValueError(f"{source}: {target}#{anchor} has no code")
-    return f'{line}\n\n??? example "That code"\n\n' + "\n".join("    " + row for row in code[0].splitlines())
+    shown = "\n".join("    " + row for row in code[0].splitlines())
+    return f'{line}\n\n??? example "The code that this page goes on from"\n\n{shown}'
 
 
 def _section(text: str, anchor: str) -> str:

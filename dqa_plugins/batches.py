@@ -23,6 +23,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .errors import UncalibratedQuantizer, UnsupportedInput
+from .progress import counted
 
 Pick = Callable[[Any], Any] | None
 
@@ -157,7 +158,8 @@ class ItemReader:
 
 def run_batches(model: nn.Module, batches: Iterable[Any], caller: str, inputs: Pick = None) -> None:
     """Call a model on every batch. Arguments and errors as of `ItemReader`."""
-    for call in ItemReader(model, caller, inputs=inputs).items(batches):
+    items = ItemReader(model, caller, inputs=inputs).items(batches)
+    for call in counted(items, what=caller, unit="batch"):
         call(model)
 
 

@@ -154,6 +154,8 @@ def as_node(
     modules = _modules.get()
     if modules is None or not torch.compiler.is_exporting():
         return None
+    # while it traces, torch 2.13 hands out proxies of modules, which make their children anew at each look
+    module = getattr(module, "get_base", lambda: module)()
     key = f"{type(module).__name__}.{id(module)}"
     modules[key] = module
     found: Tensor = MODULE(list(tensors), key, list(tail), dtype)

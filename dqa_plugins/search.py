@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
+from .kernels.noise import noise_sums
 
 AMPLITUDES = torch.arange(2001, dtype=torch.float64) / 1000  # NoisyQuant: 0 to 2 in 1000ths of the scale
 MEANS = torch.arange(-200, 200, dtype=torch.float64) / 200  # the authors' script: 200ths of the scale
@@ -124,58 +125,32 @@ def draw_noise(seed: int, name: str, channels: int, distribution: str) -> Tensor
     return 2 * torch.rand(channels, generator=generator) - 1
 
 
-def noise_errors(rows: Tensor, scale: Tensor, shifts: Tensor, low: int, high: int) -> Tensor:
-    """Squared error of Q(x + t delta) - t delta for many shifts t at once, per channel, exactly.
-
-    Between its rounding ties a value keeps its code q, and its error is a quadratic in t: what the next code changes is
-    added where the candidates reach it, summed up along the candidates. A value meets as many codes as the candidates
-    are wide (five for shifts of -2..2), so the cost does not grow with the bits.
+def noise_errors(
+    rows: Tensor, scale: Tensor, unit: Tensor, mean: float, amplitudes: Tensor, low: int, high: int
+) -> Tensor:
+    """Squared error of Q(x + t delta) - t delta, t = mean + unit * amplitude, for many amplitudes at once, exactly.
 
     Args:
         rows: (D, K) values of each channel.
         scale: broadcasts to (D, K), delta of each value; a value whose scale is 0 has no error and is left out.
-        shifts: (D, T) float64, candidate shifts of each channel in units of delta.
+        unit: (D,) float64, the noise of each channel in units of delta, for an amplitude of one.
+        mean: of the noise, in units of delta.
+        amplitudes: (T,) float64, ascending and evenly spaced, two or more.
         low, high: code range.
 
     Returns:
-        (D, T) float64, unit of x squared.
+        (T,) float64 on the CPU, unit of x squared.
     """
-    scale = scale.double().expand(rows.shape)
-    weights = scale.square().contiguous()
-    values = torch.where(scale > 0, rows.double() / torch.where(scale > 0, scale, 1), 0.0)
-    shifts, order = shifts.double().sort(dim=1)
-    count = shifts.shape[1]
-    first = (values + shifts[:, :1]).round().clamp(low, high)
-    last = (values + shifts[:, -1:]).round().clamp(low, high)
-    gap = first - values
-    width = shifts[:, -1:] - shifts[:, :1]
-    spaced = shifts[:, :1] + width * torch.linspace(0, 1, count, dtype=shifts.dtype, device=shifts.device)
-    even = count > 1 and bool(((shifts - spaced).abs() <= 1e-9 * width).all())
-    # sums of w g and w g^2 over a channel, where g = q - x / delta: at the first candidate, then what each code adds
-    linear, square = (shifts.new_zeros(len(rows), count + 1) for _ in range(2))
-    linear[:, 0], square[:, 0] = (weights * gap).sum(1), (weights * gap.square()).sum(1)
-    for k in range(int((last - first).max())):
-        leaves = first + k < last
-        end = _reach(shifts, gap + (k + 0.5), even).masked_fill_(~leaves, count)
-        linear.scatter_add_(1, end, weights)
-        square.scatter_add_(1, end, weights * (2 * (gap + k) + 1))
-    linear, square = linear[:, :count].cumsum(1), square[:, :count].cumsum(1)
-    errors = square - 2 * shifts * linear + shifts.square() * weights.sum(1, keepdim=True)
-    return torch.empty_like(errors).scatter_(1, order, errors)
-
-
-def _reach(shifts: Tensor, wanted: Tensor, even: bool) -> Tensor:
-    """The first of the (D, T) ascending shifts that is not below each of the (D, K) wanted ones; T: none.
-
-    Args:
-        even: they are evenly spaced, so it is computed, not looked for. A shift beside the exact one does no harm: at a
-            rounding tie both codes have the same error.
-    """
-    if not even:
-        return torch.searchsorted(shifts, wanted)
-    count = shifts.shape[1]
-    step = (shifts[:, -1:] - shifts[:, :1]) / (count - 1)
-    return wanted.sub(shifts[:, :1]).div_(step).ceil_().clamp_(0, count).nan_to_num_(count).long()
+    scale = scale.double().expand(rows.shape).cpu()
+    values = torch.where(scale > 0, rows.double().cpu() / torch.where(scale > 0, scale, 1), 0.0)
+    count, start = len(amplitudes), float(amplitudes[0])
+    width = (float(amplitudes[-1]) - start) / (count - 1)
+    sums = torch.zeros(2, count + 1, dtype=torch.float64)
+    arrays = (values.numpy(), scale.square().numpy(), unit.double().cpu().numpy())
+    c0, c1, c2 = noise_sums(*arrays, float(mean), start, width, count, low, high, sums.numpy())
+    level, slope = sums[:, :count].cumsum(1)
+    a = amplitudes.cpu()
+    return level + c0 + 2 * a * (c1 - slope) + a.square() * c2
 
 
 def search_noise(kept: Kept, unit: Tensor, mean: float | None, amplitude: float | None) -> Tensor:
@@ -193,26 +168,26 @@ def search_noise(kept: Kept, unit: Tensor, mean: float | None, amplitude: float 
     low, high = int(kept.grid.low), int(kept.grid.high)
     drawn = unit.to(rows.device).double().repeat_interleave(kept.taps)
 
-    def best(candidates: Tensor, shifts: Tensor) -> float:
+    def best(candidates: Tensor, slope: Tensor, offset: float) -> float:
         if weight is None:
-            errors = noise_errors(rows, step, shifts, low, high).sum(0)
+            errors = noise_errors(rows, step, slope, offset, candidates, low, high)
         else:
             width = step.double().expand(rows.shape)
             safe = torch.where(width > 0, width, 1)
             x = rows.double()
+            shifts = (offset + slope * float(a) for a in candidates)
             errors = torch.stack(
                 [
                     output_error(((x / safe + t[:, None]).round().clamp(low, high) - t[:, None]) * width - x, weight)
-                    for t in shifts.T
+                    for t in shifts
                 ]
             )
-        return float(candidates[int(errors.argmin())])
+        none = int(candidates.abs().argmin())  # it wins a tie
+        best = int(errors.argmin())
+        return float(candidates[none if errors[none] <= errors[best] else best])
 
     if mean is None:
-        # zero first: it wins a tie
-        candidates = torch.cat([MEANS[MEANS == 0], MEANS[MEANS != 0]]).to(rows.device)
-        mean = best(candidates, candidates.expand(len(rows), -1))
+        mean = best(MEANS, torch.ones_like(drawn), 0.0)
     if amplitude is None:
-        candidates = AMPLITUDES.to(rows.device)
-        amplitude = best(candidates, mean + drawn[:, None] * candidates)
+        amplitude = best(AMPLITUDES, drawn, mean)
     return (unit * amplitude + mean).to(rows.device)

@@ -104,7 +104,8 @@ def test_only_export_knows_backends(graph: dict[str, set[str]]) -> None:
 
 
 def test_methods_grid_functional_and_kernels_know_nobody_above_them(graph: dict[str, set[str]]) -> None:
-    below = {"errors", "rounding", "grid", "functional", "method", "methods", "options", "prediction", "search"}
+    below = {"errors", "rounding", "grid", "functional", "method", "methods", "options", "prediction", "progress"}
+    below |= {"search"}
     below |= {name.removeprefix("dqa_plugins.") for name in graph if name.startswith("dqa_plugins.kernels.")}
     for name in below:
         ours = {o for o in graph[f"dqa_plugins.{name}"] if o.startswith("dqa_plugins")}

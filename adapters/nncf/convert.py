@@ -134,6 +134,11 @@ class _Once:
 def _samples(model: Any, dataset: Any, limit: int | None) -> tuple[FirstSamples, nncf.Dataset]:
     if not isinstance(model, nn.Module):
         raise UnsupportedInput(f"quantize takes a torch.nn.Module; got a {type(model).__name__}.")
+    if type(model).forward is nn.Sequential.forward:
+        raise UnsupportedInput(
+            "the model is an nn.Sequential, and NNCF (3.4) keeps its hooks in a module of the model, which that would "
+            "call like a layer. Put it into a module of your own, whose forward calls it."
+        )
     require_float(model, "quantize")
     if not isinstance(dataset, nncf.Dataset):
         raise UnsupportedInput(

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dqa_plugins.errors import DQAError, StateMismatch
+from dqa_plugins.host.sites import Summary, keep_summary, summaries
 from dqa_plugins.qpp import link
+from dqa_plugins.sites import iter_quantizers
 
 from .forward import keep_eager
 
@@ -23,6 +25,7 @@ ALLOWED_MODULES: Any = ("nncf.*", "dqa_plugins.adapters.nncf.*")
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 METADATA = "state_dict_metadata"  # key in the header of the tensors' file
+PLACED = "placement"  # likewise: what placement_report says beside the quantizers
 SCHEMA, VERSION = "dqa_plugins.nncf_model", "1"  # likewise; folders of earlier releases have none
 
 
@@ -42,7 +45,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = json.dumps(get_config(model), indent=1)
     # torch's layers find the version of their state_dict there: MNASNet refuses one without
     versions = json.dumps(getattr(model.state_dict(), "_metadata", {}))
-    metadata = {METADATA: versions, "schema": SCHEMA, "version": VERSION}
+    placed = json.dumps([summary.to_dict() for summary in summaries(model)])
+    metadata = {METADATA: versions, PLACED: placed, "schema": SCHEMA, "version": VERSION}
     for name, write in ((TENSORS, lambda p: save_file(state, p, metadata)), (CONFIG, lambda p: p.write_text(config))):
         partial = folder / f"{name}.part"
         write(partial)
@@ -74,12 +78,14 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             state._metadata = json.loads(header[METADATA])  # type: ignore[attr-defined]
     except (ValueError, RecursionError, SafetensorError) as error:
         raise StateMismatch(f"{folder} is damaged ({type(error).__name__}: {error}). Save the model again.") from error
-    found = (header.get("schema", SCHEMA), header.get("version", VERSION))
-    if found != (SCHEMA, VERSION):
-        raise StateMismatch(f"{folder} holds {found[0]} of version {found[1]}; this release reads version {VERSION}.")
+    kind = (header.get("schema", SCHEMA), header.get("version", VERSION))
+    if kind != (SCHEMA, VERSION):
+        raise StateMismatch(f"{folder} holds {kind[0]} of version {kind[1]}; this release reads version {VERSION}.")
     try:
         loaded: nn.Module = load_from_config(model, config, allowed_modules=ALLOWED_MODULES)
         loaded.load_state_dict(state)
+        for found in json.loads(header.get(PLACED, "[]")):
+            keep_summary(Summary.from_dict(found), loaded, [quantizer for _, quantizer in iter_quantizers(loaded)])
     except DQAError:
         raise
     except Exception as error:  # NNCF finds out by whatever fails first: a missing key, a module, a hook's place

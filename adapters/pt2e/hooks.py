@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import FrameworkMismatch
 from dqa_plugins.graph.names import require_unique
@@ -45,13 +45,27 @@ HOST = Host("torchao", str(torchao.__version__), tested=TESTED, room="PT2E", oth
 def _fuse_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def fuse(m: GraphModule, *args: Any, **kwargs: Any) -> Any:
         name_sites(m.graph)
-        trained = [n for n in m.graph.nodes if n.target is torch.ops.aten.batch_norm.default and n.args[5] is True]
+        activations = _activations(m)
+        trained = [
+            n
+            for n in m.graph.nodes
+            if n.target is torch.ops.aten.batch_norm.default and n.args[5] is True and n.args[0] in activations
+        ]
         if trained:
             m.meta[TRAINED_NORM] = trained[0].meta.get(SITE, trained[0].name)
         with _shared_layers_kept(m):
             return original(m, *args, **kwargs)
 
     return fuse
+
+
+def _activations(m: GraphModule) -> set[Node]:
+    """What is computed from inputs: batch_norm in training mode is also how weights are standardized (NFNets)."""
+    found: set[Node] = set()
+    for node in m.graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 @contextlib.contextmanager

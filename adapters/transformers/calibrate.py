@@ -15,6 +15,7 @@ from dqa_plugins.errors import InvalidArgument, NonFiniteInput, UncalibratedQuan
 from dqa_plugins.method import Method
 from dqa_plugins.methods import DQA, check_method
 from dqa_plugins.options import Coding, check_option
+from dqa_plugins.progress import counted
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.storage.format.layout import CODINGS
 from dqa_plugins.storage.tables import build_codebook, calibrate_tables
@@ -193,7 +194,7 @@ def observe(
     for p in trained:
         p.requires_grad_(False)
     try:
-        for call in calls:
+        for call in counted(calls, what="calibrating the cache", unit="batch"):
             cache = _Recording(gradients)
             with torch.set_grad_enabled(gradients):
                 outputs = model(*call.positional, **{**call.keywords, "past_key_values": cache, "use_cache": True})

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from dqa_plugins.errors import ChannelMismatch, NonFiniteInput, UnsupportedCombination
-from dqa_plugins.storage.coder import engine
 
-from .blocks import Blocks, BlockStore
+from .blocks import Blocks, BlockStore, run
 from .host import CacheLayerMixin
 from .rotary import Turn
 from .workspace import Workspace
@@ -199,11 +198,7 @@ class PackedLayer(CacheLayerMixin):
             out[:, :, -x.shape[2] - state.tail[part].shape[2] : -x.shape[2]] = state.tail[part]
             out[:, :, -x.shape[2] :] = x
             found.append(out)
-<<<<<<< HEAD
-        engine.run_all(self._reads(state.rows, first, found, start))
-=======
-        engine.run_all(self._reads(state, first, found, start))
->>>>>>> cache
+        run(self._reads(state, first, found, start))
         return found[0][:, :, skipped - dropped :], found[1][:, :, skipped - dropped :]
 
     def _reads(self, state: State, first: int, out: list[Tensor], at: int) -> list[Any]:
@@ -276,11 +271,7 @@ class PackedLayer(CacheLayerMixin):
         left = max(0, blocks * block - count - kept * block)
         tokens = (blocks - kept) * block
         whole = [x.new_empty((len(rows), s.heads, tokens, s.width)) for x, s in zip(tail, self.stores, strict=True)]
-<<<<<<< HEAD
-        engine.run_all(self._reads(rows, kept, whole, 0))
-=======
-        engine.run_all(self._reads(state, kept, whole, 0))
->>>>>>> cache
+        run(self._reads(state, kept, whole, 0))
         rest = [x[:, :, :left].clone() for x in whole]
         short = tuple((self.stores[0].part(k, 0, kept), self.stores[1].part(v, 0, kept)) for k, v in rows)
         return State(head, short, (rest[0], rest[1]), kept, length)

@@ -13,33 +13,27 @@ from torch import Tensor
 
 
 class Turn(NamedTuple):
-    """Angles of tokens.
-
-    Attributes:
-        cos, sin: (n, tokens) float32, contiguous.
-        at: column of the token that comes first.
-    """
+    """Angles of tokens: cosines and sines, (tokens, n) float32, contiguous."""
 
     cos: Tensor
     sin: Tensor
-    at: int = 0
 
     def behind(self, tokens: int) -> Turn:
         """Of what follows so many tokens."""
-        return self._replace(at=self.at + tokens)
+        return Turn(self.cos[tokens:], self.sin[tokens:])
 
 
 def turn(frequencies: tuple[float, ...], positions: Tensor) -> Turn:
     """Angles of positions (T,), for n frequencies in radians per token."""
-    angle = torch.tensor(frequencies, dtype=torch.float64)[:, None] * positions.double()
+    angle = positions.double()[:, None] * torch.tensor(frequencies, dtype=torch.float64)
     return Turn(angle.cos().float(), angle.sin().float())
 
 
 def rotated(x: Tensor, by: Turn, back: bool = False) -> Tensor:
-    """(..., D, T) vectors whose components d and d + n are turned by the angles, or back by them."""
-    n, tokens = len(by.cos), slice(by.at, by.at + x.shape[-1])
+    """(..., D, T) vectors whose components d and d + n are turned by the first T angles, or back by them."""
+    n, tokens = by.cos.shape[1], x.shape[-1]
     if not n:
         return x
-    cos, sin = by.cos[:, tokens].to(x.device), by.sin[:, tokens].to(x.device)
+    cos, sin = by.cos[:tokens].T.to(x.device), by.sin[:tokens].T.to(x.device)
     a, b, sin = x[..., :n, :], x[..., n : 2 * n, :], -sin if back else sin
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * n :, :]], -2)

@@ -33,7 +33,7 @@ class Workspace:
     def turn(self, frequencies: tuple[float, ...], first: int, count: int) -> Turn:
         """Angles of `count` positions from `first` on."""
         begin, made = self._turns.get(frequencies, (0, None))
-        if made is None or first < begin or first + count > begin + made.cos.shape[1]:
+        if made is None or first < begin or first + count > begin + len(made.cos):
             begin, made = first, turn(frequencies, torch.arange(first, first + count + _SPARE))
             self._turns[frequencies] = begin, made
         return made.behind(first - begin)
@@ -41,7 +41,7 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(b.nbytes for b in (*self._buffers, *(x for _, made in self._turns.values() for x in made[:2])))
+        return sum(b.nbytes for b in (*self._buffers, *(x for _, made in self._turns.values() for x in made)))
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from dqa_plugins._version import __version__
 from dqa_plugins.errors import ExportFailed, missing
 from dqa_plugins.methods import method_to_dict
+from dqa_plugins.progress import busy
 
 from ..errors import InvalidArgument
 from ..options import FileForm, check_option
@@ -37,6 +38,7 @@ def _require_onnxscript() -> None:
         raise missing("onnxscript", "onnx", "to_onnx") from error
 
 
+@busy("exporting to ONNX")
 def to_onnx(
     model: nn.Module,
     example_inputs: Any,

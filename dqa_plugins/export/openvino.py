@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dqa_plugins.errors import ExportFailed, missing
+from dqa_plugins.progress import busy
 
 from ..options import FileForm
 from .onnx import to_onnx
@@ -39,8 +40,10 @@ def exact_divisions(model: Any) -> Any:
     """Let OpenVINO divide where the model divides, as torch does. Changes the model in place, and returns it.
 
     Left alone it computes x / step as x * (1 / step), a step off at ties (2026.4: up to 15% of the values on a lattice
-    of half steps). `to_openvino` returns models that are told so, but files do not keep it: call this on a model that
-    `openvino.Core().read_model` has read, before it is compiled.
+    of half steps). A division of float64 by a constant it leaves alone, and computes it in float32 where the model is
+    compiled for float32, with no conversion: static steps get that form, and files keep it. The steps of dynamic and
+    predicted quantizers need a mark which files do not keep. `to_openvino` returns models that have both: call this on
+    a model that `openvino.Core().read_model` has read, before it is compiled; on what it has changed it does nothing.
 
     Args:
         model: openvino.Model.
@@ -49,9 +52,26 @@ def exact_divisions(model: Any) -> Any:
     steps = [step for node in rounded for step in _divisions_behind(node.input_value(1).get_node())]
     # of what is rounded, and of its step; elsewhere behind reductions (means, features) OpenVINO's division is wrong
     for node in (*rounded, *steps):
-        if "Reduce" not in node.input_value(0).get_node().get_type_name():
+        x, step = (value.get_node() for value in node.input_values())
+        if "Reduce" in x.get_type_name():
+            continue
+        if step.get_type_name() == "Constant" and step.get_element_type().get_type_name() == "f32":
+            _divide_wide(node, step)
+        else:
             node.get_rt_info()["nonconvertable_divide_0"] = ""  # what ov::disable_divide_conversion sets in C++
     return model
+
+
+def _divide_wide(node: Any, step: Any) -> None:
+    """Replace a division of float32 by a constant by one of float64, rounded to float32: the same number."""
+    from openvino import opset13
+
+    readers = node.output(0).get_target_inputs()
+    x = opset13.convert(node.input_value(0), "f64")
+    exact = opset13.convert(opset13.divide(x, opset13.constant(step.data.astype("float64"))), "f32")
+    exact.set_friendly_name(node.get_friendly_name())
+    for reader in readers:
+        reader.replace_source_output(exact.output(0))
 
 
 def _is_rounded(node: Any) -> bool:
@@ -76,6 +96,7 @@ def read_onnx(file: Path) -> Any:
     return exact_divisions(require_openvino().Core().read_model(str(file)).clone())
 
 
+@busy("exporting to OpenVINO")
 def to_openvino(
     model: nn.Module,
     example_inputs: Any,

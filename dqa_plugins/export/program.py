@@ -18,6 +18,8 @@ from torch.export import ExportedProgram
 
 from dqa_plugins.errors import ExportFailed, UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.host.weights import weight_sites
+from dqa_plugins.progress import busy
+from dqa_plugins.qpp.session import forwards_of
 from dqa_plugins.sites import iter_quantizers
 
 from .expand import expand
@@ -64,7 +66,11 @@ def exportable(model: nn.Module, example_inputs: Any) -> nn.Module:
             ready.eval()
         except NotImplementedError:
             ready = copy.deepcopy(ready)
-    return freeze_for_export(ready, as_inputs(example_inputs))
+    frozen = freeze_for_export(ready, as_inputs(example_inputs))
+    if isinstance(frozen, torch.fx.GraphModule) and forwards_of(frozen):
+        # torch.export runs a GraphModule node by node, without its forward hooks, in which predictions begin
+        frozen.__class__ = type("Traced", (nn.Module,), {"forward": type(frozen).forward})
+    return frozen
 
 
 def _dynamic_shapes(inputs: tuple[Any, ...], dynamic_batch: bool) -> tuple[Any, tuple[Any, ...]]:
@@ -131,6 +137,7 @@ def _traced(ready: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
             return torch.export.export(ready, inputs, dynamic_shapes=open_range)
 
 
+@busy("exporting")
 def to_exported_program(
     model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True, dynamic_shapes: Any = None
 ) -> ExportedProgram:

@@ -35,17 +35,28 @@ def find_patterns(operations: Sequence[Operation]) -> list[Pattern]:
             continue
         pattern = Pattern([operation])
         for fits in (_is_folded_norm, _is_fused_relu):
-            readers = pattern.last.outputs[0].readers if pattern.last.outputs else []
-            following = readers[0] if len(readers) == 1 else None
-            if following is not None and following not in taken and fits(pattern, following):
-                pattern.operations.append(following)
-                taken.add(following)
+            following = _only_readers(pattern.last)
+            if following and following[-1] not in taken and fits(pattern, following[-1]):
+                pattern.operations.extend(following)
+                taken.update(following)
         found.append(pattern)
     return found
 
 
+def _only_readers(operation: Operation) -> list[Operation]:
+    """The one reader of a result, behind the nn.Identity modules before it, of which no exported graph knows."""
+    found: list[Operation] = []
+    while operation.outputs and len(operation.outputs[0].readers) == 1:
+        operation = operation.outputs[0].readers[0]
+        found.append(operation)
+        if operation.name != "identity":
+            return found
+    return []
+
+
 def _is_folded_norm(pattern: Pattern, following: Operation) -> bool:
-    layer = pattern.root.how == "module" and pattern.root.name.startswith(("conv", "linear"))
+    # a subclass of Conv3d that a host looks into is a function to it, and to PT2E a layer like any other
+    layer = pattern.root.how in ("module", "function") and pattern.root.name.startswith(("conv", "linear"))
     return layer and following.how == "module" and following.name.startswith("batchnorm")
 
 

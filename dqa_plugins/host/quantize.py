@@ -14,6 +14,7 @@ from dqa_plugins.errors import UnsupportedInput
 from dqa_plugins.graph.operations import Operation
 from dqa_plugins.method import Method
 from dqa_plugins.methods import check_method
+from dqa_plugins.progress import counted
 from dqa_plugins.sites import iter_quantizers
 
 from .skip import within
@@ -59,7 +60,7 @@ def calibration_calls(
 def run_calibration(model: nn.Module, calls: Iterable[Call]) -> None:
     """Run a prepared model on every item, without gradients."""
     with torch.no_grad():
-        for call in calls:
+        for call in counted(calls, what="calibrating", unit="batch"):
             call(model)
 
 

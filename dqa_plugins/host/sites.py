@@ -11,6 +11,7 @@ from torch import nn
 from dqa_plugins.graph.names import require_unique
 from dqa_plugins.graph.operations import Operation, Value
 from dqa_plugins.method import Method
+from dqa_plugins.methods import method_from_dict, method_to_dict
 from dqa_plugins.quantizer import ActivationQuantizer
 
 from .patterns import Pattern
@@ -127,6 +128,21 @@ class Summary:
     def __deepcopy__(self, memo: dict[int, Any]) -> Summary:
         """Itself: every quantizer of a model holds it, and it never changes."""
         return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible."""
+        sites = [{**vars(site), "method": method_to_dict(site.method)} for site in self.sites]
+        return {"sites": sites, "floats": self.floats, "unmatched": self.unmatched}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Summary:
+        """Inverse of `to_dict`, from JSON."""
+        sites = (
+            SiteSummary(**{**s, "method": method_from_dict(s["method"]), "readers": tuple(s["readers"])})
+            for s in found["sites"]
+        )
+        floats, unmatched = (tuple((a, b) for a, b in found[key]) for key in ("floats", "unmatched"))
+        return cls(tuple(sites), floats, unmatched)
 
     def inside(self, path: str) -> Summary:
         """The same with the names of a model whose module `path` this was placed in."""

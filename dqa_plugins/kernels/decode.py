@@ -171,7 +171,24 @@ def widen(q, at, size, sign, codes, base):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def scratch():  # type: ignore[no-untyped-def]
+    """What `decode_chunks` works in: low and high bytes of codes, whole codes, a part, streams, the end of a source."""
+    size = f.CHUNK + 64
+    part, streams = np.zeros(size, np.uint8), np.zeros(f.CHUNK + 4 * f.PAD + 64, np.uint8)
+    tail = np.zeros(2 * f.CHUNK + 2 * _REACH, np.uint8)
+    return np.zeros(size, np.uint8), np.zeros(size, np.uint8), np.zeros(size, np.uint16), part, streams, tail
+
+
+@kernel
 def decode_range(source, offsets, lengths, steps, inner, channels, groups, tables, first, last, out, codes):  # type: ignore[no-untyped-def]
+    """`decode_chunks` with memory of its own."""
+    return decode_chunks(
+        source, offsets, lengths, steps, inner, channels, groups, tables, first, last, out, codes, scratch()
+    )
+
+
+@kernel
+def decode_chunks(source, offsets, lengths, steps, inner, channels, groups, tables, first, last, out, codes, room):  # type: ignore[no-untyped-def]
     """Decode and dequantize chunks `first` to `last` - 1.
 
     Args:
@@ -183,14 +200,12 @@ def decode_range(source, offsets, lengths, steps, inner, channels, groups, table
         tables: (G, 2^WINDOW) uint64, decoder tables.
         out: (B * C * inner,) float32, written; or empty.
         codes: (B * C * inner,) int16, written instead; or empty.
+        room: from `scratch`, overwritten.
 
     Returns:
         -1, or the number of the chunk whose escapes do not fit.
     """
-    low, high = np.zeros(f.CHUNK + 64, np.uint8), np.zeros(f.CHUNK + 64, np.uint8)
-    whole = np.zeros(f.CHUNK + 64, np.uint16)
-    part, streams = np.zeros(f.CHUNK + 64, np.uint8), np.zeros(f.CHUNK + 4 * f.PAD + 64, np.uint8)
-    tail = np.zeros(2 * f.CHUNK + 2 * _REACH, np.uint8)
+    low, high, whole, part, streams, tail = room
     total = steps.shape[1]
     g = 0
     for chunk in range(first, last):

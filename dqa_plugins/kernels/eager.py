@@ -272,7 +272,9 @@ def extremes(x: Tensor, axis: int | None) -> Extremes:
     y, rows = _dense(x, True, axis)
     ends = np.empty((2, x.shape[0] * (1 if axis is None else x.shape[axis])), np.int32)
     arguments = (flat(y).view(np.int32), ends[0], ends[1], *rows[:4])
-    flags = functools.reduce(operator.or_, _run(_kernel("observe", "extremes"), arguments, rows.samples, y.numel() // rows.samples))
+    flags = functools.reduce(
+        operator.or_, _run(_kernel("observe", "extremes"), arguments, rows.samples, y.numel() // rows.samples)
+    )
     low, high = torch.from_numpy(ends.view(np.float32).reshape(2, x.shape[0], -1)).unbind(0)
     return Extremes(low, high, flags == 0, flags > 1)
 
@@ -301,7 +303,9 @@ def order_statistics(rows: Tensor, wanted: tuple[tuple[str, float], ...]) -> Ten
     rows = rows.detach().contiguous()
     count, size = rows.shape
     found = np.empty((count, len(wanted)), np.float32)
-    nan = _run(_kernel("observe", "select"), (flat(rows).view(np.int32), size, *_positions(wanted, size), found), count, size)
+    nan = _run(
+        _kernel("observe", "select"), (flat(rows).view(np.int32), size, *_positions(wanted, size), found), count, size
+    )
     return None if any(nan) else torch.from_numpy(found)
 
 

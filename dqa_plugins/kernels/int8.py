@@ -77,6 +77,37 @@ def quantize(x, other, floor, lower, inverse, shift, low, high, zero, step, code
     return _tensor_pass(a, b, floor, lower, inverse, shift, low, high, zero, step, q, y)
 
 
+@njit
+def _repeated(grid, least):  # type: ignore[no-untyped-def]
+    """(R, C) as often side by side as to have `least` columns: inner loops of few channels take as long to start."""
+    times = max(1, least // grid.shape[1])
+    found = np.empty((grid.shape[0], times * grid.shape[1]), grid.dtype)
+    for turn in range(times):
+        found[:, turn * grid.shape[1] : (turn + 1) * grid.shape[1]] = grid
+    return found
+
+
+@njit(inline="always")
+def _channels_pass(x, other, floor, grid, zero, codes, values):  # type: ignore[no-untyped-def]
+    inverse, shift, low, high, step, factor = grid[0], grid[1], grid[2], grid[3], grid[4], grid[5]
+    seen = np.int32(0)
+    for base in range(0, x.size, grid.shape[1]):
+        for c in range(_u(min(grid.shape[1], x.size - base))):
+            i = _u(base) + c
+            v = x[i] if other is None else np.float32(x[i] + other[i])
+            v = floor if floor > v else v
+            v = np.float32(np.float32(v + shift[c]) * inverse[c])
+            v = high[c] if high[c] < v else v
+            v = low[c] if low[c] > v else v
+            code = np.float32(np.float32(v + _MAGIC) - _MAGIC)
+            bits = float_bits(np.float32(np.float32(code * factor[c]) + _MAGIC))
+            seen = np.int32(seen | bits)
+            codes[i] = np.int32(bits + zero)
+            if values is not None:
+                values[i] = np.float32(np.float32(code * step[c]) - shift[c])
+    return 1 if seen & _NAN else 0
+
+
 @kernel
 def quantize_channels(x, other, floor, grid, zero, codes, values, size):  # type: ignore[no-untyped-def]
     """As `quantize`, of (P, C) with a grid for each channel.
@@ -87,26 +118,14 @@ def quantize_channels(x, other, floor, grid, zero, codes, values, size):  # type
     """
     a, q = carray(values_at(x, np.float32), size), carray(values_at(codes, np.uint8), size)
     b, y = carray(values_at(other, np.float32), size), carray(values_at(values, np.float32), size)
-    inverse, shift, low, high, step, factor = grid[0], grid[1], grid[2], grid[3], grid[4], grid[5]
-    seen = np.int32(0)
-    channels = _u(grid.shape[1])
-    for p in range(_u(size) // channels):
-        base = p * channels
-        for c in range(channels):
-            v = a[base + c]
-            if other != 0:
-                v = np.float32(v + b[base + c])
-            v = floor if floor > v else v
-            v = np.float32(np.float32(v + shift[c]) * inverse[c])
-            v = high[c] if high[c] < v else v
-            v = low[c] if low[c] > v else v
-            code = np.float32(np.float32(v + _MAGIC) - _MAGIC)
-            bits = float_bits(np.float32(np.float32(code * factor[c]) + _MAGIC))
-            seen = np.int32(seen | bits)
-            q[base + c] = np.int32(bits + zero)
-            if values != 0:
-                y[base + c] = np.float32(np.float32(code * step[c]) - shift[c])
-    return 1 if seen & _NAN else 0
+    wide = _repeated(grid, 512)
+    if other == 0 and values == 0:
+        return _channels_pass(a, None, floor, wide, zero, q, None)
+    if other == 0:
+        return _channels_pass(a, None, floor, wide, zero, q, y)
+    if values == 0:
+        return _channels_pass(a, b, floor, wide, zero, q, None)
+    return _channels_pass(a, b, floor, wide, zero, q, y)
 
 
 @kernel
@@ -218,15 +237,20 @@ def regrid(codes, size, grid, before, after):  # type: ignore[no-untyped-def]
         before, after: int32, the byte of code 0.
     """
     q = carray(values_at(codes, np.uint8), size)
-    low, high, factor = grid[0], grid[1], grid[2]
-    channels = _u(grid.shape[1])
-    for p in range(_u(size) // channels):
-        base = p * channels
-        for c in range(channels):
-            v = np.int32(np.int32(q[base + c]) - before)
+    wide = _repeated(grid, 1024)
+    # all of it in bytes: what overflows on the way is gone at the end
+    low, high, factor = (
+        (wide[0] + before).astype(np.uint8),
+        (wide[1] + before).astype(np.uint8),
+        wide[2].astype(np.uint8),
+    )
+    offset = np.uint8(after)
+    for base in range(0, size, wide.shape[1]):
+        for c in range(_u(min(wide.shape[1], size - base))):
+            v = q[_u(base) + c]
             v = high[c] if high[c] < v else v
             v = low[c] if low[c] > v else v
-            q[base + c] = np.int32(np.int32(v * factor[c]) + after)
+            q[_u(base) + c] = np.uint8(np.uint8(np.uint8(v - np.uint8(before)) * factor[c]) + offset)
 
 
 @kernel

@@ -115,7 +115,7 @@ def _collect(x, begin, size, mask, low, high, out):  # type: ignore[no-untyped-d
     found, above = 0, 0
     blocks = size // 16
     for block in range(blocks):
-        counts: int = compress_between(x, begin + 16 * block, mask, low, high, out, found)
+        counts = compress_between(x, begin + 16 * block, mask, low, high, out, found)
         found += counts >> 16
         above += counts & 0xFFFF
     for i in range(begin + 16 * blocks, begin + size):

@@ -18,6 +18,7 @@ PARTS = 4  # ranges for each thread: a thread that is slow gets fewer of them
 _CORES = os.cpu_count() or 1  # asked once: it reads a file
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
+started = False  # whether there may be threads that a forked child lacks: here, or torch's behind a lowered model
 
 
 def _after_fork() -> None:
@@ -27,7 +28,7 @@ def _after_fork() -> None:
     So it gets one thread there, as torch's DataLoader does for its workers.
     """
     global _pool, _lock
-    if _pool is not None:
+    if started:
         torch.set_num_threads(1)
     _pool, _lock = None, Lock()
 
@@ -45,7 +46,8 @@ def share(task: Callable[[int], Any], count: int, threads: int) -> list[Any]:
     """task(0) to task(count - 1), each done by whichever thread is free; the results in order."""
     if threads == 1 or count <= 1:
         return [task(i) for i in range(count)]
-    global _pool
+    global _pool, started
+    started = True
     with _lock:
         if _pool is None or _pool._max_workers < threads - 1:
             _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="dqa-kernels")

@@ -155,8 +155,7 @@ def _quantizing(full: bool) -> Any:
         upper: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            source, place = (_pointer(context, builder, k, a, arguments[2], LANES) for k, a in zip((x, out), arguments))
-            v = builder.load(source)
+            v = builder.load(_pointer(context, builder, x, arguments[0], arguments[2], LANES))
             v.align = 4
             step, divisor, low, high, zero, bias, lower, upper = (_splat(builder, a, LANES) for a in arguments[3:])
             rint = ir.FunctionType(v.type, [v.type])
@@ -169,7 +168,7 @@ def _quantizing(full: bool) -> Any:
             if full:
                 kept = builder.or_(builder.fcmp_ordered("<", v, lower), builder.fcmp_ordered(">", v, upper))
                 r = builder.select(kept, v, builder.fsub(r, bias))
-            builder.store(r, place).align = 4
+            builder.store(r, _pointer(context, builder, out, arguments[1], arguments[2], LANES)).align = 4
             return context.get_dummy_value()
 
         return types.void(x, out, types.intp, *[types.float32] * 8), generate

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dqa_plugins.errors import DQAWarning
+from dqa_plugins.progress import counted
 from dqa_plugins.quantizer import ActivationQuantizer
 from dqa_plugins.ranges import resolved
 from dqa_plugins.sites import iter_quantizers
@@ -46,7 +47,7 @@ def fit(model: nn.Module) -> None:
         if quantizer.predictor is not None and not quantizer.predictor.fitted and quantizer.calibration.count
     ]
     last = {earlier: name for name, _, predictor in wanted for earlier in predictor.history}  # who reads it last
-    for name, quantizer, predictor in wanted:
+    for name, quantizer, predictor in counted(wanted, what="fitting predictions", unit="quantizer"):
         earlier = {name: summaries.get(name) for name in predictor.history}
         same = [name for name, rows in earlier.items() if rows and torch.equal(rows[0], predictor.record.samples)]
         predictor.history = tuple(same)  # summaries of other rows than its own say nothing of a sample

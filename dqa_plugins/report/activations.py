@@ -140,7 +140,9 @@ class _Sums:
             low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
             kept = None if grid.keep is None else (float(grid.keep[0].min()), float(grid.keep[1].max()))
             represented = float(lowest.min()), float(highest.max())
-            self.histogram = Histogram(low, max(high, low + 1e-30), (), represented, float(grid.step.min()), kept)
+            steps = grid.step[grid.step > 0]  # a channel that was always zero has none, and needs none
+            step = float(steps.min()) if steps.numel() else 0.0
+            self.histogram = Histogram(low, max(high, low + 1e-30), (), represented, step, kept)
         ends = self.histogram.low, self.histogram.high
         self.counts += torch.histc(finite.clamp(*ends), BINS, *ends)
 

@@ -13,7 +13,7 @@ class Histogram:
         low, high: ends of the bins, unit of the activation.
         counts: values in each of the equal bins; those of later batches beyond the ends are in the outermost ones.
         represented: smallest and largest value of the grid, over samples and channels of the first batch.
-        step: smallest width of a step there.
+        step: smallest width of a step there; 0 where no channel has one.
         thresholds: (a, b) beyond which values stay in float, where the method has them.
     """
 

@@ -9,7 +9,7 @@ from dqa_plugins._version import __version__
 
 from .measured import Histogram, SiteReport
 
-_WIDTH, _HEIGHT = 640, 120
+_WIDTH, _HEIGHT = 1080, 130
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --bar: #4c78a8; --grid: #e4572e;
@@ -46,6 +46,9 @@ for (const table of document.querySelectorAll("table")) table.querySelectorAll("
   head.addEventListener("click", sort);
   head.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
 });
+const open = () => { const site = document.getElementById(location.hash.slice(1)); if (site) site.open = true; };
+addEventListener("hashchange", open);
+open();
 """
 
 
@@ -67,6 +70,7 @@ Click a heading to sort, a site to see where its values lie.</p>
 <h2>Sites</h2>{details}
 <p><small>dqa-plugins {__version__}. SQNR: signal to quantization noise. Density: share kept in float. Saturated: share
 that the clamp moved by more than a step. Error alone: relative error of the outputs when this site alone is quantized.
+Pictures: lines are the ends of the grid, ticks its steps, dashed lines the thresholds beyond which values stay float.
 </small></p>
 <script>{_SCRIPT}</script></html>
 """
@@ -108,8 +112,8 @@ def _picture(histogram: Histogram) -> str:
     def at(value: float) -> float:
         return 10 + (value - first) / span * (_WIDTH - 20)
 
-    def line(value: float, kind: str, top: float) -> str:
-        return f'<line class={kind} x1="{at(value):.1f}" x2="{at(value):.1f}" y1="{top}" y2="{_HEIGHT}"/>'
+    def line(value: float, kind: str, top: float = 0, bottom: float = _HEIGHT) -> str:
+        return f'<line class={kind} x1="{at(value):.1f}" x2="{at(value):.1f}" y1="{top}" y2="{bottom}"/>'
 
     largest, count = max(*histogram.counts, 1), len(histogram.counts)
     width = (high - low) / span * (_WIDTH - 20) / count
@@ -121,20 +125,20 @@ def _picture(histogram: Histogram) -> str:
             f'<rect class=bar x="{x:.1f}" y="{_HEIGHT - height:.1f}" width="{max(width - 1, 0.5):.1f}" '
             f'height="{height:.1f}"/>'
         )
-    lines = [line(value, "grid", 0) for value in histogram.represented]
+    lines = [line(value, "grid") for value in histogram.represented]
     steps = (histogram.represented[1] - histogram.represented[0]) / histogram.step if histogram.step > 0 else 0
     if 0 < steps <= 64:
         levels = [histogram.represented[0] + k * histogram.step for k in range(round(steps) + 1)]
-        lines += [line(value, "grid", _HEIGHT - 8) for value in levels]
-    lines += [line(value, "kept", 0) for value in histogram.thresholds or ()]
+        lines += [line(value, "grid", _HEIGHT, _HEIGHT + 6) for value in levels]
+    lines += [line(value, "kept") for value in histogram.thresholds or ()]
     labels = [
-        f'<text x="10" y="{_HEIGHT + 14}">{first:.4g}</text>',
-        f'<text x="{_WIDTH - 10}" y="{_HEIGHT + 14}" text-anchor=end>{last:.4g}</text>',
-        f'<text x="{_WIDTH / 2}" y="{_HEIGHT + 14}" text-anchor=middle>step {histogram.step:.4g}; '
+        f'<text x="10" y="{_HEIGHT + 19}">{first:.4g}</text>',
+        f'<text x="{_WIDTH - 10}" y="{_HEIGHT + 19}" text-anchor=end>{last:.4g}</text>',
+        f'<text x="{_WIDTH / 2}" y="{_HEIGHT + 19}" text-anchor=middle>smallest step {histogram.step:.4g}; '
         "heights are square roots</text>",
     ]
     axis = f'<line class=axis x1="10" x2="{_WIDTH - 10}" y1="{_HEIGHT}" y2="{_HEIGHT}"/>'
     ends = histogram.represented
     label = f"values from {low:.4g} to {high:.4g}, grid from {ends[0]:.4g} to {ends[1]:.4g}"
     parts = "".join([axis, *bars, *lines, *labels])
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 20}" role=img aria-label="{label}">{parts}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 24}" role=img aria-label="{label}">{parts}</svg>'

@@ -39,6 +39,8 @@ class Eligible(Facts):
         if not isinstance(x, Node) or x not in self.seen:
             return None, "", "no quantizer in front of it"
         site, kind = self.site(x), LAYERS[node.target]
+        if kind not in ("conv2d", "linear"):
+            return None, site, f"no int8 kernel for {kind}"
         made = self._weight(node)
         if isinstance(made, str):
             return None, site, made
@@ -46,8 +48,6 @@ class Eligible(Facts):
         value, grid = self.seen[x]
         bias = self.constant(node.args[2]) if len(node.args) > 2 and node.args[2] is not None else None
         geometry = _geometry(node, codes)
-        if kind not in ("conv2d", "linear"):
-            return None, site, f"no int8 kernel for {kind}"
         if isinstance(geometry, str):
             return None, site, geometry
         if len(node.args) > 2 and node.args[2] is not None and bias is None:

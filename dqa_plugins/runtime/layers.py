@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import threading
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqa_plugins.errors import UnsupportedCombination
+from dqa_plugins.kernels import threads
 
 from .codes import Codes
 from .quantizer import Int8Quantizer, laid_out
+from .taps import rows_of, taps_of
 
 _engine: str | None = None
 
@@ -49,38 +51,9 @@ def _has_vnni() -> bool:
     return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
-@lru_cache(256)
-def _taps(size: int, out: int, kernel: int, geometry: tuple[int, int, int], units: tuple[int, int]) -> Any:
-    """Which taps read each input position of one axis: see `kernels.int8.scatter`.
-
-    Args:
-        geometry: stride, padding, dilation.
-        units: of a tap in the weight, of a position in the output.
-
-    Returns:
-        (size, 3) int64, and what the next tap is further in the output and in the weight.
-    """
-    stride, padding, dilation = geometry
-    apart = stride // math.gcd(stride, dilation)
-    found = np.zeros((size, 3), np.int64)
-    for i in range(size):
-        taps = [
-            t
-            for t in range(kernel)
-            if (i + padding - t * dilation) % stride == 0 and 0 <= (i + padding - t * dilation) // stride < out
-        ]
-        if taps:
-            found[i] = taps[0] * units[0], len(taps), (i + padding - taps[0] * dilation) // stride * units[1]
-    return found, -(apart * dilation // stride) * units[1], apart * units[0]
-
-
-@lru_cache(256)
-def _rows(batch: int, size: int, out: int, kernel: int, geometry: tuple[int, int, int], units: tuple[int, int]) -> Any:
-    """`_taps` of the rows of a batch: those of a sample, and where in the output it begins."""
-    found, *steps = _taps(size, out, kernel, geometry, units)
-    rows = np.tile(found, (batch, 1))
-    rows[:, 2] += np.repeat(np.arange(batch), size) * out * units[1]
-    return rows, *steps
+def _shared(empty: Tensor, x: Tensor) -> Tensor:
+    """`empty`, of one byte a value, on the memory of x."""
+    return empty.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 class Int8Layer(nn.Module):
@@ -119,6 +92,7 @@ class Int8Layer(nn.Module):
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """A form of the weight, made when it is first needed, and again after load_state_dict."""
         if key not in self._packed:
+            threads.started = True
             found = make()  # may ask for others
             with self._lock:
                 self._packed.setdefault(key, found)
@@ -291,21 +265,47 @@ class Int8Conv2d(Int8Layer):
             return None
         if q.outliers is not None and q.outliers.positions.size:
             return None
-        output = self._once("output", lambda: self._output(then))
-        if output is None or not self.computed_right(q.codes.shape, int(q.zeros[0])):
+        shape, before = q.codes.shape, int(q.zeros[0])
+        made = self._once(("bytes", shape, before), lambda: self._makes_bytes(then, shape, before))
+        if made is None:
             return None
-        scale, bias, step, zero, left, plan = output
-        packed, geometry = self._pack(bool(q.zeros[0])), (self.stride, self.padding, self.dilation, self.groups)
-        out: Tensor = torch.ops.onednn.qconv2d_pointwise(
-            q.codes, q.scales[0], int(q.zeros[0]), packed, scale, self._vectors()[0], bias, *geometry, step, zero,
-            torch.uint8, "relu" if then.relu else "none", [], "",
-        )  # fmt: skip
-        out = laid_out(out, True)
+        compute, weight, step, zero, left, plan = made
+        x = torch._empty_affine_quantized([0], scale=q.scales[0], zero_point=before, dtype=torch.quint8)
+        out = compute(_shared(x, q.codes), weight, step, zero)
+        codes = laid_out(_shared(torch.empty(0, dtype=torch.uint8), out), True)
         if left is not None:
             from dqa_plugins.kernels.int8 import regrid
 
-            regrid(out.data_ptr(), out.numel(), *left)
-        return Codes(out, [plan.scale], [plan.zero], None, None)
+            regrid(codes.data_ptr(), codes.numel(), *left)
+        values = None
+        if then.values:  # on the grid common to all channels
+            x = torch._empty_affine_quantized([0], scale=plan.scale, zero_point=int(plan.zero), dtype=torch.quint8)
+            values = _shared(x, codes).dequantize()
+        return Codes(codes, [plan.scale], [plan.zero], None, values)
+
+    def _makes_bytes(self, then: Int8Quantizer, shape: torch.Size, before: int) -> Any:
+        """What `_to_bytes` needs for inputs of a shape, whose byte of value 0 is `before`; None: it cannot."""
+        output = self._output(then)
+        if output is None or not self.computed_right(shape, before):
+            return None
+        scale, bias, *rest = output
+        compute = torch.ops.quantized.conv2d_relu.new if then.relu else torch.ops.quantized.conv2d.new
+        return compute, self._once("static", lambda: self._pack_static(scale, bias)), *rest
+
+    def _pack_static(self, scale: Tensor, bias: Tensor) -> Any:
+        """The weight for the operator that torch's own static path calls: with scales that never change it keeps what
+        oneDNN made between calls, and takes half the time of `qconv2d_pointwise`; the kernel is the same."""
+        before = torch.backends.quantized.engine
+        with warnings.catch_warnings(action="ignore"):  # torch 2.13 announces the end of quantized tensors
+            zeros = torch.zeros(len(scale), dtype=torch.int64)
+            weight = torch._make_per_channel_quantized_tensor(self.weight, scale.double(), zeros, 0)
+        torch.backends.quantized.engine = "onednn"
+        try:
+            return torch.ops.quantized.conv2d_prepack(
+                weight, bias, self.stride, self.padding, self.dilation, self.groups
+            )
+        finally:
+            torch.backends.quantized.engine = before
 
     def _pack(self, shifted: bool) -> Any:
         """The weight as oneDNN wants it, for inputs with or without a zero point."""
@@ -335,7 +335,7 @@ class Int8Conv2d(Int8Layer):
         _, weight, scale = self._vectors()
         own = outputs // self.groups
         geometry = [*zip(self.stride, self.padding, self.dilation, strict=True)]
-        rows, down, row = _rows(batch, height, tall, kh, geometry[0], (kw * own, wide * outputs))
-        columns, right, column = _taps(width, wide, kw, geometry[1], (own, outputs))
+        rows, down, row = rows_of(batch, height, tall, kh, geometry[0], (kw * own, wide * outputs))
+        columns, right, column = taps_of(width, wide, kw, geometry[1], (own, outputs))
         steps = (down, right, row, column, channels // self.groups, own)
         scatter(out.data_ptr(), out.numel(), weight, scale, *q.outliers, channels, width, rows, columns, steps)  # type: ignore[misc]

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from dqa_plugins.errors import UnsupportedInput
+from dqa_plugins.export.frozen import FrozenPredictor
 from dqa_plugins.export.program import as_inputs, make_program
 from dqa_plugins.operators import DEQUANTIZE, FAKE_QUANTIZE, MODULE, modules_as_nodes
+from dqa_plugins.progress import busy
 
 from .eligible import LAYERS, Eligible
 from .facts import tensors
@@ -32,6 +34,7 @@ _RELU = (aten.relu.default, aten.relu_.default)
 _SHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.dropout.default)
 
 
+@busy("lowering")
 def lower(converted: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> GraphModule:
     """Compute the convolutions and linears of a converted model in int8, where that is exact.
 
@@ -95,6 +98,7 @@ class _Lowering(Eligible):
                 self._enter(node)
             elif node.op == "call_module":
                 self._join(node)
+        self._regress_at_once()
         for node in reversed(self.graph.nodes):
             if not node.users and (node.op == "get_attr" or node.target in (FAKE_QUANTIZE, DEQUANTIZE)):
                 self.graph.erase_node(node)
@@ -111,7 +115,8 @@ class _Lowering(Eligible):
         if not isinstance(module, Int8Quantizer) or source.op != "call_module" or len(source.users) != 1:
             return
         layer = self.model.get_submodule(source.target)
-        if isinstance(layer, Int8Conv2d) and module.quantizer is None and not module.added and not module.values:
+        joins = module.quantizer is None and not module.added and not (module.values and module.folded)
+        if isinstance(layer, Int8Conv2d) and joins:
             layer.then = module
             node.replace_all_uses_with(source)
             self.graph.erase_node(node)
@@ -138,8 +143,13 @@ class _Lowering(Eligible):
                 continue
             if str(value.shape[0]) != str(quantizer.meta["val"].shape[0]):
                 continue
+            # a maximum, then the ReLU: the pass that quantizes takes it along
+            relu = pool and source.target in _RELU and set(source.users) <= {quantizer}
             with self.graph.inserting_before(user):
-                moved = self.graph.call_function(user.target, (source, *user.args[1:]), user.kwargs)
+                front = source.args[0] if relu else source
+                moved = self.graph.call_function(user.target, (front, *user.args[1:]), user.kwargs)
+                moved.meta = dict(user.meta)
+                moved = self.graph.call_function(source.target, (moved,)) if relu else moved
                 arguments: tuple[Any, ...] = (moved, *quantizer.args[1:])
                 if varies:
                     _, key, *_ = quantizer.args
@@ -163,6 +173,29 @@ class _Lowering(Eligible):
         called.meta = dict(node.meta)
         node.replace_all_uses_with(called)
         self.graph.erase_node(node)
+
+    def _regress_at_once(self) -> None:
+        """One regression for all sites that are predicted from the same features alone, as in the paper's mode."""
+        alike: dict[Any, list[Any]] = {}
+        modules: dict[str, Any] = dict(self.model.named_modules())
+        for node in self.graph.nodes:
+            module = modules.get(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, FrozenPredictor) and len(node.args) == module.groups == 1 and module.mode == "paper":
+                alike.setdefault(node.args[0], []).append(node)
+        for number, (features, nodes) in enumerate(alike.items()):
+            parts = [modules[node.target] for node in nodes]
+            whole, first = copy.deepcopy(parts[0]), 0
+            for name in ("weight", "bias", "logarithmic", "low", "high"):
+                whole.register_buffer(name, torch.cat([getattr(part, name) for part in parts], -1))
+            self.model.add_submodule(f"regression_{number}", whole)
+            with self.graph.inserting_after(features):
+                found = self.graph.call_module(f"regression_{number}", (features,))
+            for node, part in zip(nodes, parts, strict=True):
+                with self.graph.inserting_before(node):
+                    own = self.graph.call_function(torch.narrow, (found, 1, first, part.sides))
+                first += part.sides
+                node.replace_all_uses_with(own)
+                self.graph.erase_node(node)
 
     def _replace(self, quantizer: Any, layers: dict[Node, Int8Layer], number: int) -> None:
         """One Int8Quantizer in place of fake_quantize, and of a sum and a ReLU in front; its layers behind it."""

@@ -15,6 +15,7 @@ from ..digest import digest
 from ..errors import NonFiniteInput, UnsupportedCombination
 from ..metrics import cross_entropy
 from ..processes import Processes
+from ..progress import counted
 from ..sharing import shared, shared_tensors
 from .model.sites import StoredSite
 
@@ -63,7 +64,7 @@ def sensitivities(
     generator = torch.Generator().manual_seed(0)
     totals: dict[StoredSite, Tensor] = {}
     counts: dict[StoredSite, int] = {}
-    for first in range(0, len(batches), ranks.size):
+    for first in counted(range(0, len(batches), ranks.size), what="gradients of stored values", unit="batch"):
         mine = batches[first + ranks.rank : first + ranks.rank + 1]
         shapes = shared(ranks, functools.partial(gradients.run, mine), "allocate_bits: forward")
         # each rank draws for all, so that a batch meets the numbers of one process

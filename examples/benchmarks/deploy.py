@@ -1,6 +1,8 @@
 """What converted networks are as files: size, time and difference per backend and form.
 
-    python -m examples.benchmarks.deploy [--networks resnet18 vit] [--json]
+    python -m examples.benchmarks.deploy [--networks resnet18 vit] [--backends openvino] [--json]
+    python -m examples.benchmarks.deploy --folder out --part build  # minutes; then, on an idle machine,
+    python -m examples.benchmarks.deploy --folder out --part time --json  # seconds
 
 Beside the float network and the backend's own int8: ONNX Runtime's `quantize_static`, NNCF for OpenVINO, PT2E's
 XNNPACKQuantizer for ExecuTorch. Times are medians of thread CPU time, one thread, runs of all files of a backend
@@ -50,6 +52,8 @@ VARIANTS: dict[str, tuple[Method, int, str]] = {  # method, bits of the weights,
     "DQA 4, w8, float form": (DQA(bits=4), 8, "float"),
     "DQA 4, w8, qdq": (DQA(bits=4), 8, "qdq"),
 }
+# files that another row has already: XNNPACK has no 4-bit weights, and integers for 8-bit codes of one scale only
+SAME = {"executorch": ("Direct 8, w4, qdq", "Direct 4, w8, qdq", "DQA 4, w8, qdq")}
 SENTENCES = [
     "A man eats a piece of bread.",
     "The girl carries a baby.",
@@ -218,16 +222,15 @@ def milliseconds(runs: dict[str, Run], x: tuple[Tensor, ...], rounds: int = 15) 
     return {name: round(statistics.median(found), 3) for name, found in taken.items()}
 
 
-def compared(model: nn.Module, x: tuple[Tensor, ...], backend: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """A row per file of one network and backend."""
+def build(model: nn.Module, x: tuple[Tensor, ...], backend: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write the files of one network and backend: a row for each."""
     suffix, write, load, own = BACKENDS[backend]
     rows: dict[str, dict[str, Any]] = {}
-    runs: dict[str, Run] = {}
     wanted: dict[str, Callable[[], tuple[Path, nn.Module]]] = {
         "float": lambda: (write(model, x, folder / f"float{suffix}", "float"), model),
         "own int8": lambda: (own(model, x, folder), model),
     }
-    for variant in VARIANTS:
+    for variant in (name for name in VARIANTS if name not in SAME.get(backend, ())):
 
         def ours(name: str = variant) -> tuple[Path, nn.Module]:
             method, bits, form = VARIANTS[name]
@@ -240,24 +243,21 @@ def compared(model: nn.Module, x: tuple[Tensor, ...], backend: str, folder: Path
             start = time.process_time()
             path, twin = make()
             seconds = time.process_time() - start
-            runs[name] = load(path)
             with torch.no_grad():
                 expected = twin(*x)
-            difference = float((runs[name](*x)[0] - expected).abs().mean() / expected.abs().mean())
+            difference = float((load(path)(*x)[0] - expected).abs().mean() / expected.abs().mean())
         except Exception as error:  # a row that says so is worth more than none
-            runs.pop(name, None)
             rows[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"}
             continue
         size = sum(p.stat().st_size for p in {path, path.with_suffix(".bin")} if p.exists())
         rows[name] = {
+            "file": path.name,
             "megabytes": round(size / 1e6, 3),
             "difference": difference,
             "seconds_to_write": round(seconds, 1),
         }
         if backend == "onnxruntime":
             rows[name]["operators"] = operators(path, x)
-    for name, found in milliseconds(runs, x).items():
-        rows[name]["ms"] = found
     return rows
 
 
@@ -265,30 +265,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--folder", type=Path, help="keeps the files; default: a temporary one")
+    parser.add_argument("--part", choices=("build", "time"), help="default: both")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet_hosts()
     results: dict[str, Any] = {"machine": machine(), "networks": {}}
-    for name in arguments.networks:
-        if name == "minilm" and importlib.util.find_spec(PACKAGE) is None:
-            continue
-        torch.manual_seed(0)
-        model, x = NETWORKS[name]()
-        for backend in arguments.backends:
-            if importlib.util.find_spec(backend) is None:
-                continue
-            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-                rows = compared(model, x, backend, Path(folder))
-            results["networks"].setdefault(name, {})[backend] = rows
-            for variant, row in rows.items():
-                found = (
-                    "{megabytes:9.3f} MB {ms:9.3f} ms  off by {difference:.1e}".format(**row) if "ms" in row else row
-                )
-                where = sys.stderr if arguments.json else sys.stdout
-                print(f"{name:12s} {backend:12s} {variant:26s} {found}", file=where, flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in arguments.networks:
+            for backend in arguments.backends:
+                if importlib.util.find_spec(backend) is None:
+                    continue
+                if name == "minilm" and importlib.util.find_spec(PACKAGE) is None:
+                    continue
+                with contextlib.redirect_stdout(sys.stderr):
+                    rows = measured(
+                        name, backend, (arguments.folder or Path(temporary)) / name / backend, arguments.part
+                    )
+                results["networks"].setdefault(name, {})[backend] = rows
+                for variant, row in rows.items():
+                    form = "{megabytes:9.3f} MB {ms:9.3f} ms  off by {difference:.1e}"
+                    found = form.format(**{"ms": 0.0} | row) if "file" in row else row
+                    where = sys.stderr if arguments.json else sys.stdout
+                    print(f"{name:12s} {backend:12s} {variant:26s} {found}", file=where, flush=True)
     if arguments.json:
         print(json.dumps(results, indent=1))
+
+
+def measured(name: str, backend: str, folder: Path, part: str | None) -> dict[str, dict[str, Any]]:
+    """The rows of one network and backend; rows.json in its folder carries them from one part to the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if part != "time":
+        torch.manual_seed(0)
+        model, x = NETWORKS[name]()
+        torch.save(x, folder / "inputs.pt")
+        (folder / "rows.json").write_text(json.dumps(build(model, x, backend, folder)))
+    rows: dict[str, dict[str, Any]] = json.loads((folder / "rows.json").read_text())
+    if part != "build":
+        runs = {variant: BACKENDS[backend][2](folder / row["file"]) for variant, row in rows.items() if "file" in row}
+        for variant, found in milliseconds(runs, torch.load(folder / "inputs.pt")).items():
+            rows[variant]["ms"] = found
+    return rows
 
 
 if __name__ == "__main__":

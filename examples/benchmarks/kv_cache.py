@@ -24,6 +24,7 @@ import functools
 import json
 import math
 import random
+import re
 import statistics
 import sys
 import time
@@ -44,7 +45,7 @@ quiet_hosts()
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import QuantizedCache
 
-from dqa_plugins import DQA
+from dqa_plugins import DQA, Direct
 from dqa_plugins.adapters.transformers import CacheSettings, PackedCache
 from dqa_plugins.adapters.transformers.blocks import BlockStore, run
 from dqa_plugins.adapters.transformers.calibrate import Record, decide, observe
@@ -296,25 +297,30 @@ def timed(work: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], 
 class Bench:
     """Model, texts and settings; each part gives an entry of the report."""
 
-    def __init__(self, cache: Path | None, quick: bool) -> None:
+    def __init__(self, cache: Path | None, quick: bool, known: list[dict[str, Any]]) -> None:
+        self.known = {(row["cache"], row["tokens"]): row for row in known}
         self.model, tokenizer = load(cache)
         self.tokenizer, self.quick = tokenizer, quick
         self.config = self.model.config
         encode = functools.partial(tokenizer, return_tensors="pt")
         self.ids = {name: encode(text).input_ids[0] for name, text in test_texts().items()}
         calls = [Call((encode(text).input_ids[:, : 256 if quick else 2048],)) for text in calibration_texts()]
-        names = TARGETS[-2:] if quick else TARGETS
+        ways: dict[str, tuple[Any, float | None]] = {
+            str(target): (DQA(bits=4, granularity="channel"), target) for target in TARGETS[-2 if quick else 0 :]
+        }
+        ways |= {"DQA 3": (DQA(bits=3, granularity="channel"), None)}
+        ways |= {f"Direct {n}": (Direct(bits=n, granularity="channel"), None) for n in (3, 4)}
         self.records: list[list[Record]] = []
         self.settings = {}
-        for target in names:
-            folder = cache / f"settings_{target}" if cache and not quick else None
+        for name, (method, target) in ways.items():
+            folder = cache / f"settings_{name}" if cache and not quick else None
             if folder is not None and folder.is_dir():
-                self.settings[str(target)] = CacheSettings.load(folder)
+                self.settings[name] = CacheSettings.load(folder)
                 continue
             self.records = self.records or observe(self.model, calls, True, 4)
-            self.settings[str(target)] = self.decided(DQA(bits=4, granularity="channel"), target)
+            self.settings[name] = self.decided(method, target)
             if folder is not None:
-                self.settings[str(target)].save(folder)
+                self.settings[name].save(folder)
         self.calibration = {"tokens": sum(call.positional[0].numel() for call in calls)}
 
     def decided(self, method: Any, target: float | None) -> CacheSettings:
@@ -353,6 +359,11 @@ class Bench:
             for name, make in held_caches(self.config, self.settings).items():
                 if length == 8192 and name.startswith("hqq"):
                     continue
+                if (name, length) in self.known:
+                    row = self.known[name, length]
+                    floats = floats or row["perplexity"]
+                    yield row
+                    continue
                 perplexity, caches = self.perplexity(make, texts[:1] if self.quick else texts, PIECE)
                 floats = floats or perplexity
                 row = {"cache": name, "tokens": length, "texts": len(caches), "perplexity": perplexity}
@@ -376,7 +387,7 @@ class Bench:
         # the text four times: how much memory a cache takes depends on the values' spread, not on their order
         states = [(k.repeat(1, 1, 4, 1), v.repeat(1, 1, 4, 1)) for k, v in self.states(length // 4)]
         found: dict[str, Any] = {"tokens": length, "float": peak_mb(DynamicCache, states, length)}
-        for name, settings in self.settings.items():
+        for name, settings in list(self.settings.items())[: len(TARGETS)]:
             found[f"packed {name}"] = peak_mb(functools.partial(PackedCache, settings), states, length)
             found[f"settings {name}"] = settings.nbytes / 1e6
         return found
@@ -434,10 +445,12 @@ def plot_rounded(panel: Any, rows: list[dict[str, Any]]) -> None:
     """Perplexity against bits per value where everything is quantized."""
     for prefix, label, style in (
         ("ours", "ours, target_bits", "o-"),
+        ("ours DQA", "ours, DQA without a target", "v"),
+        ("ours Direct", "ours, Direct without a target", "D--"),
         ("token", "a scale per token", "s:"),
         ("kivi", "KIVI's layout", "^:"),
     ):
-        chosen = [r for r in rows if r["cache"].startswith(f"{prefix} ") and "first" not in r["cache"]]
+        chosen = [r for r in rows if re.fullmatch(rf"{prefix} [\d.]+", r["cache"])]
         chosen = sorted((r["bits"], r["more_percent"]) for r in chosen)
         panel.plot(*zip(*chosen, strict=True), style, label=label)
     panel.set(xlabel="bits per value, all included", title="every key and value quantized, 2,048 tokens")
@@ -496,11 +509,12 @@ def main() -> None:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="which to measure")
     parser.add_argument("--cache", type=Path, help="folder that keeps the dequantized weights and the settings")
+    parser.add_argument("--resume", action="store_true", help='keep the rows of "held" that are there')
     parser.add_argument("--quick", action="store_true", help="short texts: to see that it runs")
     options = parser.parse_args()
     old = options.out / "kv_cache.json" if options.out else None
     report: dict[str, Any] = json.loads(old.read_text()) if old and old.is_file() else {}
-    bench = Bench(options.cache, options.quick)
+    bench = Bench(options.cache, options.quick, report.get("held", []) if options.resume else [])
     report["calibration"] = bench.calibration
     for part in options.parts.split(","):
         found = getattr(bench, part)()

@@ -2,9 +2,9 @@
 
     python -m examples.reproductions.language_model --quick
 
-Every method in PT2E and NNCF, where all activations are quantized (sums, products and norms' outputs too), and in
-Brevitas, where the inputs of linear layers are (its own way with language models: it cannot trace them); beside them
-each host's own int8 and torchao's dynamic int8. Static parameters, one scale per tensor; the last layer stays float.
+Every method on the inputs of linear layers in Brevitas, PT2E and NNCF, which is what each host's own int8 quantizes,
+and on every activation in PT2E and NNCF, whose default that is: sums, products and norms' outputs as well. Beside them
+torchao's dynamic int8. Static parameters, one scale per tensor; the last layer stays float.
 What is measured is written at once, and not measured again. --quick: 4 windows of 512 tokens instead of 8, 2 instead
 of 4 to calibrate with.
 """
@@ -12,6 +12,7 @@ of 4 to calibrate with.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -33,17 +34,40 @@ NAME, STOCK_NAME = "language_model", "int8 of the host"
 Model = tuple[nn.Module, list[Tensor]]  # float, with its calibration windows
 
 
-def judged(room: str) -> Callable[[LanguageModel, list[Tensor], Method], nn.Module]:
-    """The room's quantize_model, for every activation but the logits."""
+def judged(room: str, everywhere: bool) -> Callable[[LanguageModel, list[Tensor], Method], nn.Module]:
+    """The room's quantize_model: of every activation but the logits, or of the inputs of linear layers."""
 
     def quantize(model: LanguageModel, calibration: list[Tensor], method: Method) -> nn.Module:
         import importlib
 
         found = importlib.import_module(f"dqa_plugins.adapters.{room}").quantize_model
-        quantized: nn.Module = found(model, {"": method, LAST: None}, calibration)
+        left = (LAST,) if everywhere else (LAST, *read_by_no_layer(model, calibration[0]))
+        source = exported(model, calibration[0]) if room == "pt2e" else model
+        quantized: nn.Module = found(source, {"": method} | dict.fromkeys(left), calibration)
         return quantized
 
     return quantize
+
+
+def exported(model: LanguageModel, window: Tensor) -> nn.Module:
+    """The model as PT2E takes it, exported once."""
+    if not hasattr(exported, "module"):
+        exported.module = torch.export.export(model, (window,)).module()  # type: ignore[attr-defined]
+    return copy.deepcopy(exported.module)  # type: ignore[attr-defined,no-any-return]
+
+
+@functools.cache
+def read_by_no_layer(model: LanguageModel, window: Tensor) -> tuple[str, ...]:
+    """The sites of a room that no linear layer reads, by its report; names are the same in all rooms."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    from dqa_plugins.adapters.pt2e import PluginQuantizer
+    from dqa_plugins.report import placement_report
+
+    quantizer = PluginQuantizer().set_global(Direct()).set_module_name(LAST, None)
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != LAST}
+    sites = placement_report(prepare_pt2e(exported(model, window), quantizer)).sites
+    return tuple(site.site for site in sites if not layers & set(site.readers))
 
 
 def layer_by_layer(model: LanguageModel, calibration: list[Tensor], act_quant: Any, weight_quant: Any) -> nn.Module:
@@ -70,10 +94,13 @@ def brevitas(model: LanguageModel, calibration: list[Tensor], method: Method) ->
     return layer_by_layer(model, calibration, get_act_quant(method), Int8WeightPerChannelFloat)
 
 
-HOSTS: dict[str, Callable[[LanguageModel, list[Tensor], Method], nn.Module]] = {
-    "brevitas": brevitas,
-    "pt2e": judged("pt2e"),
-    "nncf": judged("nncf"),
+LAYERS, EVERYWHERE = "inputs of linear layers", "every activation"
+PLACES: dict[tuple[str, str], Callable[[LanguageModel, list[Tensor], Method], nn.Module]] = {
+    ("brevitas", LAYERS): brevitas,
+    ("pt2e", LAYERS): judged("pt2e", False),
+    ("nncf", LAYERS): judged("nncf", False),
+    ("pt2e", EVERYWHERE): judged("pt2e", True),
+    ("nncf", EVERYWHERE): judged("nncf", True),
 }
 
 
@@ -135,23 +162,29 @@ STOCK: dict[str, Callable[[LanguageModel, list[Tensor]], nn.Module]] = {
 }
 
 
-def jobs() -> list[tuple[str, str, int]]:
-    """(host, method, bits) of every cell, the cheaper host and more bits first."""
-    found = [("", "float", 32), ("torchao, dynamic", STOCK_NAME, 8)]
-    for bits in BITS:
-        for host in HOSTS:
-            found += [(host, method.__name__, bits) for method in METHODS]
-            found += [(host, STOCK_NAME, 8)] * (bits == 8)
+Job = tuple[str, str, str, int]  # host, what is quantized, method, bits
+
+
+def jobs() -> list[Job]:
+    """Every cell: what needs least time and says most first."""
+    found = [("", "", "float", 32), *((host, LAYERS, STOCK_NAME, 8) for host in STOCK)]
+    for places, widths in ((LAYERS, BITS), (EVERYWHERE, BITS)):
+        for host, at in PLACES:
+            if at == places:
+                found += [(host, at, method.__name__, bits) for bits in widths for method in METHODS]
     return found
 
 
+def key_of(cell: dict[str, Any]) -> Job:
+    """The job that a cell is the result of."""
+    return cell["host"], cell["places"], cell["method"], cell["bits"]
+
+
 @torch.no_grad()
-def measure(
-    job: tuple[str, str, int], model: LanguageModel, test: list[Tensor], calibration: list[Tensor]
-) -> dict[str, Any]:
+def measure(job: Job, model: LanguageModel, test: list[Tensor], calibration: list[Tensor]) -> dict[str, Any]:
     """One cell: perplexity, sites and seconds of processor time, or the error."""
-    host, name, bits = job
-    cell: dict[str, Any] = {"host": host, "method": name, "bits": bits}
+    host, places, name, bits = job
+    cell: dict[str, Any] = {"host": host, "places": places, "method": name, "bits": bits}
     started = time.process_time()
     try:
         if not host:
@@ -160,7 +193,7 @@ def measure(
             quantized = STOCK[host](model, calibration)
         else:
             method = next(m for m in METHODS if m.__name__ == name)(bits=bits)
-            quantized = HOSTS[host](model, calibration, method)
+            quantized = PLACES[host, places](model, calibration, method)
         cell["quantize_seconds"] = round(time.process_time() - started, 1)
         cell["perplexity"] = perplexity(quantized, test)
         cell["sites"] = len(list(iter_quantizers(quantized)))
@@ -186,32 +219,33 @@ def cell_text(cell: dict[str, Any] | None) -> str:
 
 
 def table(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str] | None]]:
-    """(columns, rows): a row per host and method, a column per bit width."""
-    by = {(c["host"], c["method"], c["bits"]): c for c in cells}
+    """(columns, rows): a row per host, place and method, a column per bit width."""
+    by = {key_of(cell): cell for cell in cells}
     rows: list[list[str] | None] = []
-    for host, name in sorted(dict.fromkeys((host, name) for host, name, _ in jobs()), key=lambda row: row[0]):
-        found = [by.get((host, name, bits)) for bits in (32, *BITS)]
+    for row in dict.fromkeys(job[:3] for job in jobs()):
+        found = [by.get((*row, bits)) for bits in (32, *BITS)]
         if any(found):
-            rows.append([host, name, *(cell_text(c) if c else "" for c in found)])
-    return ["host", "method", "float", *(f"{bits} bits" for bits in BITS)], rows
+            rows.append([*row, *(cell_text(c) if c else "" for c in found)])
+    return ["host", "quantized", "method", "float", *(f"{bits} bits" for bits in BITS)], rows
 
 
 def plot(cells: Sequence[dict[str, Any]], title: str, options: common.Options) -> None:
-    """A panel per host: perplexity of each method over bits, log scale, with float and the host's own int8."""
+    """A panel per place: perplexity of each method over bits, log scale, with float and the hosts' own int8."""
     import matplotlib.ticker
 
-    figure, panels = common.axes(len(HOSTS), width=4.4, height=4.2)
-    value = {(c["host"], c["method"], c["bits"]): c.get("perplexity") for c in cells}
-    for axis, host in zip(panels, HOSTS, strict=True):
+    value = {key_of(c): c.get("perplexity") for c in cells}
+    panels = [place for place in PLACES if any(value.get((*place, m.__name__, b)) for m in METHODS for b in BITS)]
+    figure, axes = common.axes(len(panels), width=4.0, height=4.2)
+    for axis, (host, places) in zip(axes, panels, strict=True):
         for number, method in enumerate(METHODS):
-            heights = [value.get((host, method.__name__, bits)) for bits in BITS]
-            places = [k + 0.2 * (number - 1.5) for k in range(len(BITS))]
-            known = [(x, y) for x, y in zip(places, heights, strict=True) if y is not None]
+            heights = [value.get((host, places, method.__name__, bits)) for bits in BITS]
+            middles = [k + 0.2 * (number - 1.5) for k in range(len(BITS))]
+            known = [(x, y) for x, y in zip(middles, heights, strict=True) if y is not None]
             axis.bar([x for x, _ in known], [y for _, y in known], 0.19, label=method.__name__)
         for key, label, style in (
-            (("", "float", 32), "float", "-"),
-            ((host, STOCK_NAME, 8), STOCK_NAME, "--"),
-            (("torchao, dynamic", STOCK_NAME, 8), "int8 of torchao, dynamic", ":"),
+            (("", "", "float", 32), "float", "-"),
+            ((host, LAYERS, STOCK_NAME, 8), STOCK_NAME, "--"),
+            (("torchao, dynamic", LAYERS, STOCK_NAME, 8), "int8 of torchao, dynamic", ":"),
         ):
             if value.get(key) is not None:
                 axis.axhline(value[key], color="black", linestyle=style, linewidth=1, label=label)
@@ -219,13 +253,13 @@ def plot(cells: Sequence[dict[str, Any]], title: str, options: common.Options) -
         axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
         axis.set_xticks(range(len(BITS)), [f"{bits} bits" for bits in BITS])
         axis.set_xlim(-0.5, len(BITS) - 0.5)
-        axis.set_title({"brevitas": "brevitas: inputs of linear layers"}.get(host, f"{host}: every activation"))
-    low = 0.7 * min(y for y in value.values() if y is not None)
-    for axis in panels:
-        axis.set_ylim(low, 2e5)
-    panels[0].set_ylabel("perplexity (log scale)")
-    handles = {text: handle for axis in panels for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=7, fontsize=9)
+        axis.set_title(f"{host}: {places}")
+    known = [y for y in value.values() if y is not None]
+    for axis in axes:
+        axis.set_ylim(0.7 * min(known), 1.5 * max(known))
+    axes[0].set_ylabel("perplexity (log scale)")
+    handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=10)
     figure.suptitle(title)
     common.save(figure, options, NAME)
 
@@ -236,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = (4, 2) if options.quick else (8, 4)
     setting = {"test": counts[0], "calibration": counts[1], "tokens": 512, "text": "pydoc_data.topics"}
     cells = kept(options.out / f"{NAME}.json", setting)
-    done = {(c["host"], c["method"], c["bits"]) for c in cells}
+    done = {key_of(cell) for cell in cells}
     missing = [job for job in jobs() if job not in done]
     title = f"SmolLM2-135M, weights of 8 bits: perplexity on {counts[0]} windows of 512 tokens of Python's help"
     if missing:

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from examples.results import blocks_dqa, blocks_other, blocks_qpp  # noqa: F401 - they register the blocks
+from examples.results import blocks_dqa, blocks_other, blocks_qpp, blocks_speed  # noqa: F401 - they register the blocks
 from examples.results.pages import RESULTS, differing
 from examples.results.parts import PARTS, measure
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +52,22 @@ def run(model: nn.Module, batches: Batches) -> None:
             model(*batch)
 
 
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError inside, in the main thread, once so much processor time is spent."""
+
+    def stop(_signal: int, _frame: Any) -> None:
+        raise TimeoutError(f"longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def fx(model: nn.Module, batches: Batches) -> tuple[nn.Module, str]:
     """The default mapping of torch.ao FX (histogram observers, weights per channel), as integer kernels."""
     from torch.ao.quantization import get_default_qconfig_mapping
@@ -91,7 +109,9 @@ def pt2e(model: nn.Module, batches: Batches) -> tuple[nn.Module, str]:
 
 
 def brevitas(model: nn.Module, batches: Batches) -> tuple[nn.Module, str]:
-    """Brevitas' stock 8 bits: its quantize(), or layer by layer where that fails (networks that it cannot trace)."""
+    """Brevitas' stock 8 bits: its quantize(), or layer by layer where that fails: networks that it cannot trace, and
+    those for which it never ends (residual_handler, 0.13).
+    """
     from brevitas.graph.calibrate import calibration_mode
     from brevitas.graph.quantize import layerwise_quantize, preprocess_for_quantize, quantize
 
@@ -104,7 +124,8 @@ def brevitas(model: nn.Module, batches: Batches) -> tuple[nn.Module, str]:
         return network
 
     try:
-        return calibrated(quantize(preprocess_for_quantize(copy.deepcopy(model)))), "quantize"
+        with at_most(15.0):
+            return calibrated(quantize(preprocess_for_quantize(copy.deepcopy(model)))), "quantize"
     except Exception:
         return calibrated(layerwise_quantize(copy.deepcopy(model))), "layerwise_quantize"
 

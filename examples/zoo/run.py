@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60.0  # seconds of processor time: a busy machine changes no result
-PATIENCE = 5  # times that, of the clock
+PATIENCE = 30  # times that, of the clock
 
 Cell = dict[str, Any]
 

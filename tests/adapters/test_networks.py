@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.backend_config import get_onednn_backend_config
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.nn import functional as F
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dqa_plugins import DQA, Direct, Method, NoisyQuant, iter_quantizers
@@ -194,6 +195,28 @@ def test_a_batch_norm_is_not_folded_into_a_layer_that_others_read(room: str) -> 
     prepared = prepared_by(room, net, x, Direct(bits=8))
     assert [site.name for site in prepared.meta[PLACEMENT].sites] == ["input.0", "c", "n", "add.0"]
     torch.testing.assert_close(prepared(*x), net(*x), rtol=1e-5, atol=1e-5)
+
+
+class Own(nn.Conv2d):
+    """Hosts look into it: a function to FX, which folds no batch norm into one."""
+
+
+class Standardized(nn.Conv2d):
+    """Its weight is standardized by a batch norm in training mode, as in NFNets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_hosts_that_look_into_a_layer_or_see_no_identity_have_the_same_sites(room: str) -> None:
+    """r2plus1d's and nf_resnet's; the standardized weight was taken for an activation's batch norm, and refused."""
+    torch.manual_seed(0)
+    layers = (Own(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), Standardized(4, 4, 1), nn.Identity(), nn.ReLU())
+    x = (torch.randn(2, 3, 4, 4),)
+    prepared = prepared_by(room, nn.Sequential(*layers).eval(), x, Direct(bits=8))
+    assert [site.name for site in prepared.meta[PLACEMENT].sites] == ["input.0", "2", "5"]
 
 
 class Block(nn.Module):

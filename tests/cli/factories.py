@@ -24,3 +24,7 @@ def converted() -> tuple[Any, torch.Tensor]:
 
 def nothing() -> None:
     return None
+
+
+def broken() -> float:
+    return 1 / 0

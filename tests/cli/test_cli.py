@@ -102,6 +102,22 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     assert "UnsupportedCombination" in out
 
 
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    """A method that cannot be had has no score."""
+    out, _ = run(
+        capsys, "compare", f"{HERE}:network", "noisyquant:objective=output", "--room", "brevitas", "--json", code=1
+    )
+    row = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["rows"][1]
+    assert row["score"] is None
+    assert row["failed"].startswith("UnsupportedCombination")
+
+
+def test_an_exception_of_the_network_has_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    err = run(capsys, "export", f"{HERE}:broken", "model.onnx", code=3)[1]
+    assert "ZeroDivisionError" in err
+    assert "factories.py" in err
+
+
 def test_methods_as_text() -> None:
     assert method("dqa:bits=3,granularity=channel,ratio=0.5") == DQA(bits=3, granularity="channel", ratio=0.5)
     assert method("direct:clip=0.999,signed=true,symmetric=True") == Direct(clip=0.999, signed=True)

@@ -74,7 +74,7 @@ def test_interval_sums_equal_brute_force_for_every_candidate(bits, character):
     shifts = unit[:, None] * AMPLITUDES[::20]
     scale = rows.abs().max() / 2 ** (bits - 1)
     low, high = reference.code_range(bits, True)
-    found = noise_errors(rows, scale, shifts, low, high).sum(0).numpy()
+    found = noise_errors(rows, scale, unit, 0.0, AMPLITUDES[::20], low, high).numpy()
     expected = [
         reference.noise_error(rows.numpy(), np.float32(scale), s[:, None], bits, True) for s in shifts.T.numpy()
     ]

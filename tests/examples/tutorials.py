@@ -89,7 +89,7 @@ def main() -> None:
         namespace: dict[str, Any] = {"__name__": "tutorial"}
         with contextlib.chdir(tempfile.mkdtemp()):
             execute(start(page), namespace, "start")
-            run(page, namespace, lambda said, printed: changes.append((said, printed)))
+            run(page, namespace, lambda *pair, add=changes.append: add(pair))
         for said, printed in changes:
             text = text.replace(f"```text\n{said}```", f"```text\n{printed}```", 1)
         page.write_text(text, encoding="utf-8")

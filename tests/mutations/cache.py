@@ -85,8 +85,13 @@ add(
 )
 
 CODER = Part("cache coder", "dqa_plugins", "adapters/transformers")
-CODER.add("blocks begin at the first token", "kernels/blocks.py", "start = at + (block - first) * inner", "start = at")
-CODER.add("the centre of another channel", "kernels/blocks.py", "+= centers[channel]", "+= centers[0]")
+CODER.add("blocks begin at the first token", "kernels/blocks.py", "begin = (block - first) * inner", "begin = 0")
+CODER.add(
+    "the centre of another channel",
+    "kernels/blocks.py",
+    "row[d] = np.float32(codes[k + d]) * steps[first + d] + centers[first + d]",
+    "row[d] = np.float32(codes[k + d]) * steps[first + d] + centers[d]",
+)
 CODER.add(
     "errors are fed back twice",
     "kernels/feedback.py",

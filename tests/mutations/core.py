@@ -193,8 +193,8 @@ add(
 add(
     "noise errors are not weighted",
     "search.py",
-    "weights = scale.square()",
-    "weights = torch.ones_like(scale)",
+    "scale.square().numpy()",
+    "torch.ones_like(scale).numpy()",
     test("search"),
 )
 add("searches use the static scale", "resolve.py", 'if method.qparams != "static":', "if False:", test("search"))

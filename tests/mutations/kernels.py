@@ -10,27 +10,27 @@ add = PART.add
 
 add(
     "the inverse of the step",
-    "fake_quantize.py",
-    "np.rint(x[i] / divisor)\n",
-    "np.rint(x[i] * (np.float32(1) / divisor))\n",
+    "vectors.py",
+    "builder.fdiv(builder.fadd(v, bias) if full else v, divisor)",
+    "builder.fmul(builder.fadd(v, bias) if full else v, builder.fdiv(ir.Constant(v.type, [1.0] * LANES), divisor))",
 )
 add(
     "values on the threshold are kept",
-    "fake_quantize.py",
-    "out[i] = v if v > upper else r",
-    "out[i] = v if v >= upper else r",
+    "vectors.py",
+    'builder.fcmp_ordered(">", v, upper)',
+    'builder.fcmp_ordered(">=", v, upper)',
 )
 add(
     "the sample's parameters are those of the first",
     "fake_quantize.py",
-    "row // period * count + row % count], full",
-    "row % count], full",
+    "            at, left = at + count, period",
+    "            left = period",
 )
 add(
     "rows of channels begin at the first",
     "fake_quantize.py",
-    "at = row // free * inner + begin - row * inner\n            _each",
-    "at = row // free * inner\n            _each",
+    "table, row // free * inner + begin - row * inner, full",
+    "table, row // free * inner, full",
 )
 add(
     "the bracket's end belongs to it",
@@ -45,7 +45,7 @@ add(
     "if least < ~_INFINITY or most > _INFINITY:\n        return 3",
     "if least <= ~_INFINITY or most >= _INFINITY:\n        return 3",
 )
-add("the next rank is the same", "observe.py", "if inside and following > rank:", "if inside and following > rank + 1:")
+add("the next rank is the same", "observe.py", "out[0] if within > following - offset else _MOST", "out[0]")
 add("predictions are not made valid", "tables.py", "scale = _LEAST if scale < _LEAST else scale", "scale = scale")
 add("an empty range is at zero", "tables.py", "zero if step > zero else -lower", "zero")
 add("summaries count one side", "predict.py", "np.int32((v < lower) | (v > upper))", "np.int32(v > upper)")

@@ -51,6 +51,15 @@ def test_a_site_without_a_range_is_said() -> None:
         activation_report(quantizer, [torch.full((1, 2, 3), 1e-3)])
 
 
+def test_a_channel_that_was_always_zero_is_no_missing_range() -> None:
+    x = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.5, 1.0]]).reshape(1, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = activation_report(frozen(Direct(bits=4, granularity="channel"), x), [x]).sites[0].histogram
+    assert found is not None
+    assert found.step == pytest.approx(1 / 16)
+
+
 def test_histograms() -> None:
     x = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 4.0]).reshape(1, 2, 3)
     found = activation_report(frozen(Direct(bits=2), x), [x, x]).sites[0].histogram

@@ -135,3 +135,31 @@ def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(UnsupportedCombination, match="engines are"):
         set_engine("cuda")
     assert engine() in ("onednn", "float")
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("channels", [False, True])
+def test_bytes_of_a_convolution_are_those_of_the_quantizer_behind(relu: bool, channels: bool) -> None:
+    """Weights of negative and zero scales, too: batch norms are folded into them."""
+    torch.manual_seed(0)
+    codes, scale, bias = weight(6, 8, 3, 3)
+    scale[:2] = torch.tensor([-0.002, 0.0])
+    layer = Int8Conv2d(codes, scale, bias, "conv", [1, 1], [1, 1], [1, 1], 1)
+    step = torch.full((1, 6, 1, 1), 0.2)
+    low = high = torch.ones(1, 6, 1, 1)
+    if channels:  # DQA: four bits, some three more
+        step, low, high = step * torch.tensor([1, 0.125] * 3).reshape(1, 6, 1, 1), -8 * low, 7 * high
+        low, high = (v * torch.tensor([1.0, 8.0] * 3).reshape(1, 6, 1, 1) for v in (low, high))
+    coarse = Grid(step, low, high) if channels else Grid(torch.tensor(0.2), -128, 127)
+    behind = Int8Quantizer("behind", coarse, channels_last=True, relu=relu, values=True)
+    front = Int8Quantizer("front", Grid(torch.tensor(0.1), 0, 255), channels_last=True)
+    with torch.no_grad():
+        q = front(torch.rand(2, 8, 9, 9) * 20)
+        expected = behind(layer(q))
+        layer.then = behind
+        found = layer(q)
+    assert layer._to_bytes(q, behind) is not None
+    assert (found.codes != expected.codes).float().mean() <= 0.01  # at ties
+    same = found.codes == expected.codes
+    assert torch.equal(found.values[same], expected.values[same])
+    assert (found.scales, found.zeros) == (expected.scales, expected.zeros)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from dqa_plugins import DQA, DenseSparse, Direct, Method, NoisyQuant
 from dqa_plugins.errors import UncalibratedQuantizer, UnsupportedCombination
 from dqa_plugins.runtime import lower, lowering_report, set_engine
 from tests.runtime.nets import assert_close, batches, converted, net
+from tests.torture.cases_processes import forked
 
 
 def pair(layer: nn.Module) -> nn.Module:
@@ -47,6 +49,18 @@ def test_reasons(layer: nn.Module, method: Method | None, reason: str) -> None:
     found = next(row for row in lowering_report(lowered).layers if row.name == "2")
     assert (reason in found.reason) if reason else found.lowered, found
     assert found.name in str(lowering_report(lowered))
+    with torch.no_grad():
+        assert_close(lowered(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d])
+def test_other_ranks_stay_in_float(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(kind(3, 4, 3), nn.ReLU(), kind(4, 2, 3)).eval()
+    x = torch.rand(2, 3, *[9] * int(kind.__name__[4]))
+    model = converted("fx", Direct(bits=8), model, calibration=[x])
+    lowered = lower(model, x)
+    reasons = [row.reason for row in lowering_report(lowered).layers]
+    assert reasons == [f"no int8 kernel for {kind.__name__.lower()}"] * 2
     with torch.no_grad():
         assert_close(lowered(x), model(x))
 
@@ -129,6 +143,20 @@ def test_two_threads_compute_what_one_does() -> None:
         thread.join()
     assert not wrong
     assert lowering_report(lowered).sites[0].calls == 8 * 11
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_computes_the_same() -> None:
+    """After kernels of several threads have run: those of GNU OpenMP do not survive a fork."""
+    lowered, x = lower(converted("fx", DenseSparse(bits=8)), batches()[0]), torch.randn(64, 3, 14, 14)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            expected = lowered(x).numpy().tobytes()
+            assert forked(lambda: lowered(x).numpy().tobytes(), 30) == expected
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_without_int8_instructions() -> None:

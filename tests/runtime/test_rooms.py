@@ -66,5 +66,5 @@ def test_quantizers_move_behind_pooling_and_a_shortcut_is_fused() -> None:
     lowered = lower(converted("fx", quiet), batches()[0])
     targets = [str(node.target) for node in lowered.graph.nodes]
     assert not any("fake_quantize" in target for target in targets)
-    assert sum("relu" in target for target in targets) == 1  # in front of max pooling
+    assert not any("relu" in target for target in targets)  # a maximum before the ReLU is the same
     assert not any("batch_norm" in target for target in targets)

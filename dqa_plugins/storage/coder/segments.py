@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..format.codebook import Codebook
@@ -84,14 +83,14 @@ class BlockCoder:
         return found
 
     def decode(
-        self, segment: Segment, first: int, centers: Tensor, turn: tuple[Tensor, Tensor, int], out: Tensor, at: int
+        self, segment: Segment, first: int, centers: Tensor, turn: tuple[Tensor, Tensor], out: Tensor, at: int
     ) -> None:
         """Write the blocks from `first` on, dequantized, with the centre of each channel added, and rotated.
 
         Args:
             centers: (C,) float32.
-            turn: (n, tokens) float32 cosines and sines of the angles that components d and d + n of each head are
-                turned by, and the column of the first token; n may be 0.
+            turn: (tokens, n) float32 cosines and sines of the angles that components d and d + n of each head are
+                turned by; n may be 0.
             out: (H, T, D) float32, H * D = C; the blocks are written along T from `at`.
 
         Raises:
@@ -102,13 +101,12 @@ class BlockCoder:
         plan = self.plan
         bad = decode_blocks(
             segment.source.numpy(),
-            _offsets(segment),
+            segment.sizes.numpy(),
             segment.lengths.numpy(),
             self.steps.numpy(),
             centers.numpy(),
             turn[0].numpy(),
             turn[1].numpy(),
-            turn[2],
             plan.layout.inner,
             plan.channels,
             plan.groups,
@@ -157,10 +155,3 @@ def part(segment: Segment, first: int, last: int) -> Segment:
         segment.sizes[first:last].clone(),
         segment.lengths[first:last].clone(),
     )
-
-
-def _offsets(segment: Segment) -> NDArray[np.int64]:
-    """(blocks, chunks + 1) where each chunk starts in the source."""
-    ends = np.cumsum(segment.sizes.numpy().reshape(-1), dtype=np.int64)
-    starts = np.concatenate([[0], ends[:-1]]).reshape(segment.sizes.shape)
-    return np.concatenate([starts, ends.reshape(segment.sizes.shape)[:, -1:]], axis=1)

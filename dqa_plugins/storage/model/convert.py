@@ -31,6 +31,7 @@ from ...graph.record import record_shapes
 from ...method import Method
 from ...methods import check_method
 from ...options import Coding, check_option
+from ...progress import busy, counted
 from ...quantizer import ActivationQuantizer
 from ..format.errors import NothingToStore, NotPackable
 from ..format.layout import CODINGS
@@ -42,6 +43,7 @@ from .sites import Pack, StoredSite, Unpack
 from .subsampling import Subsampling, read_subsample, subsampled, subsampling
 
 
+@busy("tracing")
 def prepare_stored(
     model: nn.Module, method: Method, example_inputs: Any, min_lifetime: int = 1, *, skip: tuple[str, ...] = ()
 ) -> GraphModule:
@@ -249,7 +251,7 @@ def convert_stored(prepared: GraphModule, coding: Coding = "joint") -> GraphModu
             model = convert_host(model)
             break
     order = {node: i for i, node in enumerate(model.graph.nodes)}
-    for node in list(model.graph.nodes):
+    for node in counted(list(model.graph.nodes), what="building tables", unit="node"):
         site = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(site, StoredSite):
             continue

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dqa_plugins import DQA, Direct, NoisyQuant, iter_quantizers
+from dqa_plugins import DQA, QPP, Direct, NoisyQuant, iter_quantizers
 from dqa_plugins.adapters.brevitas import quantize_model
 from dqa_plugins.errors import InvalidArgument, UnsupportedCombination, UnsupportedInput
+from dqa_plugins.export import to_exported_program
 from tests.adapters.brevitas.nets import data, float_net
 
 X = data(2, 3, 10, 10)
@@ -50,6 +51,14 @@ def test_a_model_that_cannot_be_traced_names_the_way_out() -> None:
 def test_the_objective_of_the_next_layer_is_refused() -> None:
     with pytest.raises(UnsupportedCombination, match="objective='output'"):
         quantize_model(float_net(), {"act": NoisyQuant(objective="output")}, X)
+
+
+def test_predictions_of_a_traced_model_are_exported() -> None:
+    """torch.export runs a GraphModule without its forward hooks, in which the predictions begin."""
+    model = quantize_model(float_net(), DQA(qparams=QPP(sites=("input",))), data(4, 3, 10, 10))
+    assert isinstance(model, torch.fx.GraphModule)
+    with torch.no_grad():
+        assert torch.equal(to_exported_program(model, X[0]).module()(X[0]), model(X[0]))
 
 
 class Shared(nn.Module):

@@ -15,9 +15,10 @@ import torch
 from nncf.torch import get_config, load_from_config
 from safetensors.torch import load_file, save_file
 
-from dqa_plugins import ActivationQuantizer, iter_quantizers
+from dqa_plugins import DQA, ActivationQuantizer, iter_quantizers
 from dqa_plugins.adapters.nncf import ALLOWED_MODULES, load, quantize, save
-from dqa_plugins.errors import StateMismatch
+from dqa_plugins.errors import StateMismatch, UnsupportedInput
+from dqa_plugins.report import placement_report
 from tests.adapters.nncf.models import batches, build, quantized, site_list
 from tests.compare import assert_exact, same_bits
 
@@ -87,6 +88,8 @@ def test_json_and_safetensors(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert same_bits(loaded(x), model(x))
     assert site_list(loaded) == site_list(model)
+    assert placement_report(loaded) == placement_report(model)
+    assert any(row.readers for row in placement_report(loaded).sites)
 
 
 class Versioned(torch.nn.Module):
@@ -127,6 +130,13 @@ model = load(build("residual", seed=9), folder)
 with torch.no_grad():
     torch.save(model(torch.load(folder + "/x.pt")), folder + "/y.pt")
 """
+
+
+def test_a_sequential_is_refused_with_a_way_out() -> None:
+    """NNCF's hooks are a module of the model, which it would call like a layer (3.4)."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU()).eval()
+    with pytest.raises(UnsupportedInput, match=r"nn\.Sequential.*module of your own"):
+        quantize(model, nncf.Dataset([torch.randn(2, 3, 4, 4)]), DQA())
 
 
 def test_another_process(tmp_path: Path) -> None:
