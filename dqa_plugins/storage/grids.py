@@ -14,9 +14,9 @@ def axis_of(quantizer: ActivationQuantizer) -> int:
     return 0 if quantizer.num_channels is None else quantizer.channel_axis
 
 
-def row_qparams(quantizer: ActivationQuantizer, x: Tensor) -> QParams:
+def row_qparams(quantizer: ActivationQuantizer, x: Tensor, prediction: Tensor | None = None) -> QParams:
     """The parameters that x, (B, ...), is quantized with: (B or 1, C or 1, 1) each, in its compute dtype."""
-    found = quantizer.source.qparams(quantizer, x, None)
+    found = quantizer.source.qparams(quantizer, x, prediction)
     return found.map(lambda p: p.detach().reshape(1 if quantizer.method.source == "static" else p.shape[0], -1, 1))
 
 

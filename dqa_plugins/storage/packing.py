@@ -29,6 +29,7 @@ def pack(
     codebook: Codebook | None = None,
     *,
     source: Tensor | None = None,
+    prediction: Tensor | None = None,
 ) -> PackedActivation:
     """Quantize x and pack its codes. The bytes depend on x, the quantizer and the codebook, and on nothing else.
 
@@ -39,6 +40,8 @@ def pack(
             entropy coded; "auto": the smallest. A codebook that is given has its own.
         codebook: entropy tables from `calibrate_tables`; None: they are made from x, which takes longer than packing.
         source: dynamic parameters are taken from this tensor, of which x is a subsample; None: from x.
+        prediction: what the quantizer's predictor said of x, (B, S, G) (QPP); each sample's parameters are packed with
+            it. None: the predictor is asked, which can tell where it reads x itself, or within a forward.
 
     Returns:
         a packed activation; `.unpack()` gives what the quantizer would have returned.
@@ -74,7 +77,7 @@ def pack(
     if x.numel() == 0:
         return PackedActivation(shape, dtype, book, torch.empty(0, dtype=torch.uint8, device=x.device))
     rows = codec.rows(x, axis)
-    qparams = row_qparams(quantizer, x if source is None else source)
+    qparams = row_qparams(quantizer, x if source is None else source, prediction)
     grid = None if book.kind == "grid" else row_grid(quantizer, qparams)  # that kind is a scale and its codebook
     stored = stored_parameters(book, qparams, grid)
     found = tuple(p.unsqueeze(-1) for p in stored)

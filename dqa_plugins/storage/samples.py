@@ -45,7 +45,8 @@ def take_samples(x: Tensor, quantizer: ActivationQuantizer, source: Tensor | Non
     """Runs of values of the first samples of x, (B, ...), which holds values.
 
     Args:
-        source: what dynamic parameters are taken from; None: x.
+        source: what dynamic parameters are taken from; None: x. Predicted ones count as dynamic here: only how long a
+            code gets depends on these samples.
     """
     x = x.detach()[:MAX_SAMPLES]
     source = x if source is None else source.detach()[:MAX_SAMPLES]
@@ -61,7 +62,7 @@ def take_samples(x: Tensor, quantizer: ActivationQuantizer, source: Tensor | Non
     fitting = max(1, MAX_VALUES // max(channels * rows.shape[2], 1))
     source = source[:fitting]
     values = rows[:fitting].to(compute_dtype(x.dtype)).cpu().clone()
-    if quantizer.method.source != "dynamic":
+    if quantizer.method.source == "static":
         return CalibrationSamples(values, ())
     found = extents(source, quantizer.method, quantizer.method.signed, quantizer.channel_axis)
     return CalibrationSamples(values, tuple(e.cpu() for e in found))
@@ -99,7 +100,7 @@ def sample_grid(
     Args:
         vectors: (C,) each, instead of the quantizer's own.
     """
-    if quantizer.method.source == "dynamic":
+    if quantizer.method.source != "static":
         factor = None if quantizer.clip_factor is None else quantizer.clip_factor.cpu()
         found = qparams_of(quantizer.method, samples.extents, quantizer.signed, factor)
         return row_grid(quantizer, found.map(lambda p: p.unsqueeze(-1)), vectors)  # (S, G, 1)

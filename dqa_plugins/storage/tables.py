@@ -58,15 +58,10 @@ def check_quantizer(quantizer: ActivationQuantizer) -> None:
     """Refuse a quantizer whose parameters are not decided.
 
     Raises:
-        NotPackable: it still observes, or its parameters are predicted.
+        NotPackable: it still observes.
     """
     if not isinstance(quantizer, ActivationQuantizer):
         raise NotPackable(f"pack needs an ActivationQuantizer, got {type(quantizer).__name__}.")
-    if quantizer.method.source not in ("static", "dynamic"):
-        raise NotPackable(
-            f"{quantizer.label} predicts its parameters from the network's input, which packing has no part in; use "
-            "qparams='static' or 'dynamic' for stored activations."
-        )
     if quantizer.state == "observe":
         raise NotPackable(
             f"{quantizer.label} still observes, so it has no scale to pack with. Run calibration batches, then "
@@ -148,7 +143,7 @@ def _without_tables(quantizer: ActivationQuantizer) -> Codebook:
     fields: dict[str, Any] = {
         "bits": method.bits,
         "per_channel": method.granularity == "channel",
-        "dynamic": method.source == "dynamic",
+        "dynamic": method.source != "static",
         "per_batch": method.scope == "batch",
         "noise": torch.empty(0),
         "low": torch.empty(0, dtype=torch.int64),

@@ -151,3 +151,13 @@ def efficientnet(place: str) -> str:
         for method in dict.fromkeys(method for method, _ in by)
     ]
     return table([place, *(f"{bits} bits" for bits in widths)], rows)
+
+
+@block
+def dqa_sweep_cell(network: str, bits: str, extra_bits: str, ratio: str, value: str = "score") -> str:
+    """One cell of the sweep: its score, or its stored bits."""
+    wanted = (network, int(bits), int(extra_bits), float(ratio))
+    for c in dqa_sweep.summarize(load("papers/dqa_sweep")["rows"]):
+        if (c["network"], c["bits"], c["extra_bits"], c["ratio"]) == wanted:
+            return format(c[value].mean, ".1f" if value == "score" else ".2f")
+    raise ResultsError(f"dqa_sweep.json has no {wanted}")

@@ -196,3 +196,12 @@ def qpp_costs() -> str:
         lines.append([mode, *times, *shares, *gains])
     heads = [f"batch {b}, time over {o}" for b in (1, 32) for o in ("static", "dynamic")]
     return table(["mode", *heads, "features, batch 1", "batch 32", "FR(0.5) ResNet-32", "FR(0.5) MobileNetV2"], lines)
+
+
+@block
+def qpp_pixels(network: str, family: str, bits: str, source: str, exposure: str = "clean") -> str:
+    """Pixel accuracy of a row of table 2."""
+    for cell in qpp_tables.scores_of(rows(), network):
+        if (cell["family"], cell["bits"], cell["source"]) == (family, int(bits), source):
+            return f"{cell[exposure]['pixel_accuracy'].mean:.1f}"
+    raise ResultsError(f"qpp_tables.json has no {network}, {family}, {bits} bits, {source}")

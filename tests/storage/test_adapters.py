@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx import GraphModule
 
-from dqa_plugins import DQA, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, iter_quantizers
+from dqa_plugins import DQA, QPP, ActivationQuantizer, DenseSparse, Direct, NoisyQuant, iter_quantizers
 from dqa_plugins.adapters.fx import get_qconfig_mapping
 from dqa_plugins.errors import UncalibratedQuantizer
 from dqa_plugins.methods import Method
-from dqa_plugins.storage import allocate_bits, convert_stored, prepare_stored, storage_report, stored_edges
+from dqa_plugins.storage import (
+    PackedActivation,
+    allocate_bits,
+    convert_stored,
+    prepare_stored,
+    storage_report,
+    stored_edges,
+)
+from dqa_plugins.storage.format.errors import NotPackable
 from dqa_plugins.storage.model.sites import Pack
 from tests.storage.test_pipeline import Net, Skip
 
@@ -234,3 +242,40 @@ def test_values_derived_from_a_quantized_one(
         torch.testing.assert_close(stored(fresh), wanted(fresh), rtol=0, atol=0)
     if network is Pooled:
         assert (4, 8, 4, 4) in [e.shape for e in stored_edges(stored)]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("mode", ["paper", "extended"])
+def test_predictions_travel_with_the_packed_value(adapter: str, mode: str) -> None:
+    """Each sample is packed with the thresholds that its own features predicted; the outputs are those of QPP."""
+    torch.manual_seed(0)
+    model = Net().eval()
+    gains = torch.linspace(0.3, 3, 48).reshape(-1, 1, 1, 1)
+    images = torch.rand(48, 3, 16, 16) * gains
+    method = DenseSparse(bits=4, density=0.05, qparams=QPP(mode=mode, sites=("input",), augment=False))
+    host, convert_host = ADAPTERS[adapter](model, method, images[:4])
+    with pytest.raises(NotPackable, match="Convert the model by its adapter first"):
+        prepare_stored(host, Direct(), images[:4])
+    with torch.no_grad():
+        for batch in images.split(16):
+            host(batch)
+        converted = convert_host(host)
+        prepared = prepare_stored(converted, Direct(), images[:4])
+        prepared(images[:16])
+        stored = convert_stored(prepared)
+        packs = [m for m in stored.modules() if isinstance(m, Pack)]
+        assert packs
+        assert all(pack.quantizer.method.source == "predicted" for pack in packs)
+        fresh = torch.rand(9, 3, 16, 16) * gains[::5][:9]
+        torch.testing.assert_close(stored(fresh), converted(fresh), rtol=0, atol=0)
+        found: list[Tensor] = []
+        packs[0].register_forward_hook(
+            lambda *a: found.append(PackedActivation.from_bytes(a[2].to_bytes()).unpack())  # no model is needed for it
+        )
+        twin = next(q for name, q in iter_quantizers(converted) if name == packs[0].quantizer.name)
+        twin.register_forward_hook(lambda *a: found.append(a[2]))
+        stored(fresh)
+        converted(fresh)
+    assert torch.equal(*found)
+    steps = [sample[sample > 0].min() for sample in found[0]]
+    assert max(steps) > 3 * min(steps)  # a step of each sample's own

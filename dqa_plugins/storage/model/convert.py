@@ -65,7 +65,7 @@ def prepare_stored(
         NothingToStore: no value lives that long.
         NotAMethod: `method` is not one.
         InvalidArgument: min_lifetime is less than 1.
-        NotPackable: its parameters are predicted (QPP).
+        NotPackable: its parameters are predicted (QPP), or those of an adapter's quantizer that is not converted yet.
     """
     check_method(method, "prepare_stored")
     if min_lifetime < 1:
@@ -73,7 +73,16 @@ def prepare_stored(
             f"prepare_stored: min_lifetime={min_lifetime}: at least 1 compute layer must lie between."
         )
     if method.source == "predicted":
-        raise NotPackable("prepare_stored packs with qparams='static' or 'dynamic'; QPP is not supported there.")
+        raise NotPackable(
+            "prepare_stored: qparams=QPP(...) is fitted by an adapter. Quantize the model with it there, and give "
+            "prepare_stored the converted model with a method of static or dynamic parameters for the rest."
+        )
+    for quantizer in (m for m in model.modules() if isinstance(m, ActivationQuantizer)):
+        if quantizer.method.source == "predicted" and quantizer.state == "observe":
+            raise NotPackable(
+                f"{quantizer.label} is not fitted yet, and a copy of the model would not record what its prediction "
+                "reads. Convert the model by its adapter first, then give it to prepare_stored."
+            )
     traced = trace(copy.deepcopy(model))
     follow_in_place(traced)
     read_sizes_early(traced)
@@ -81,7 +90,8 @@ def prepare_stored(
     seen, names = _shapes(traced, inputs), site_names(traced)
     floats = {node for node, found in seen.items() if found.dtype is not None and found.dtype.is_floating_point}
     axes = producer_axes(traced, seen)
-    late = late_reads(traced, min_lifetime, lambda node: node in floats and names[node] not in skip)
+    wanted = {node for node in floats if names[node] not in skip and not _only_predicts(node, traced)}
+    late = late_reads(traced, min_lifetime, wanted.__contains__)
     left: set[str] = set()
     for node, reads in late.items():
         _store(traced, node, reads, method, names[node], axes.get(node, 1), seen, (skip, left))
@@ -175,7 +185,7 @@ def _site_arguments(
     if origin is node:  # what the adapter's quantizer was given
         value = source if how is None else subsampled(source, how, quantized)
     other = how is not None or origin is not node
-    return (value, quantized, source) if other and quantizer.method.source == "dynamic" else (value, quantized)
+    return (value, quantized, source) if other and quantizer.method.source != "static" else (value, quantized)
 
 
 def _cuts_channels(quantizer: ActivationQuantizer, how: Subsampling) -> bool:
@@ -253,6 +263,7 @@ def convert_stored(prepared: GraphModule, coding: Coding = "joint") -> GraphModu
             )
         quantizer.freeze()
         setattr(model, str(node.target), Pack(quantizer, build_codebook(quantizer, coding, samples), site.edge))
+        _take_prediction(node, model)
         _drop_quantized(node)
         unpack = add_module(model, f"{node.target}_unpack", Unpack())
         for user in sorted(node.users, key=order.__getitem__):
@@ -262,6 +273,24 @@ def convert_stored(prepared: GraphModule, coding: Coding = "joint") -> GraphModu
     model.graph.lint()
     model.recompile()
     return model
+
+
+def _only_predicts(node: Node, model: GraphModule) -> bool:
+    """Whether a value is features that nothing but predictors of quantizers read: a handful of numbers per sample."""
+
+    def predicts(user: Node) -> bool:
+        parent = str(user.target).rpartition(".")[0] if user.op == "call_module" else ""
+        return isinstance(model.get_submodule(parent), ActivationQuantizer)
+
+    return bool(node.users) and all(predicts(user) for user in node.users)
+
+
+def _take_prediction(node: Node, model: GraphModule) -> None:
+    """Hand a predicted quantizer's prediction to the site that packs its value: it travels with the packed bytes."""
+    origin = quantized_source(node.args[1], model, {})[0] if len(node.args) > 1 else None  # type: ignore[arg-type]
+    quantizer = None if origin is None else quantizer_of(origin, model)
+    if origin is not None and quantizer is not None and quantizer.method.source == "predicted" and len(origin.args) > 1:
+        node.kwargs = {"prediction": origin.args[1]}
 
 
 def _drop_quantized(node: Node) -> None:

@@ -25,10 +25,14 @@ class DifferentiablePacked(PackedActivation):
 
 
 def with_gradient(
-    packed: PackedActivation, x: Tensor, quantizer: ActivationQuantizer, source: Tensor | None
+    packed: PackedActivation,
+    x: Tensor,
+    quantizer: ActivationQuantizer,
+    source: Tensor | None,
+    prediction: Tensor | None = None,
 ) -> PackedActivation:
     """`packed`, made from x, so that a gradient reaches x."""
-    anchor = _Anchor.apply(x, _inside(x, quantizer, x if source is None else source))
+    anchor = _Anchor.apply(x, _inside(x, quantizer, x if source is None else source, prediction))
     return DifferentiablePacked(**{f.name: getattr(packed, f.name) for f in fields(packed)}, anchor=anchor)
 
 
@@ -40,12 +44,12 @@ def unpack(packed: PackedActivation) -> Tensor:
     return packed.unpack()
 
 
-def _inside(x: Tensor, quantizer: ActivationQuantizer, source: Tensor) -> Tensor | None:
+def _inside(x: Tensor, quantizer: ActivationQuantizer, source: Tensor, prediction: Tensor | None) -> Tensor | None:
     """bool, the shape of x: where the quantizer passes a gradient on; None: everywhere."""
     shape = two_dimensional(tuple(source.shape))
     with torch.enable_grad():
         probe = x.detach().reshape(two_dimensional(tuple(x.shape))).requires_grad_()
-        quantized = quantizer.grid(source.detach().reshape(shape)).fake_quantize(probe)
+        quantized = quantizer.grid(source.detach().reshape(shape), prediction).fake_quantize(probe)
         (gradient,) = torch.autograd.grad(quantized.sum(), probe)
     inside = gradient.reshape(x.shape) != 0
     return None if bool(inside.all()) else inside

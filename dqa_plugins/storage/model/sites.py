@@ -103,12 +103,15 @@ class Pack(nn.Module):
         self.edge = edge
 
     @torch.compiler.disable(reason="packed bytes have no fixed size: convert_stored models run in eager PyTorch")
-    def forward(self, x: Tensor, whole: Tensor | None = None) -> PackedActivation | Tensor:
+    def forward(
+        self, x: Tensor, whole: Tensor | None = None, prediction: Tensor | None = None
+    ) -> PackedActivation | Tensor:
         """The packed value (tensors without data, of the meta device, pass through).
 
         Args:
             x: the value.
             whole: the tensor that dynamic parameters are taken from, where that is not x.
+            prediction: of its parameters, see `pack`.
 
         Raises:
             ExportFailed: the model is being exported.
@@ -116,9 +119,9 @@ class Pack(nn.Module):
         _check_eager(self.quantizer.name)
         if x.device.type == "meta":
             return x
-        packed = pack(x, self.quantizer, self.codebook.coding, self.codebook, source=whole)
+        packed = pack(x, self.quantizer, self.codebook.coding, self.codebook, source=whole, prediction=prediction)
         wanted = x.requires_grad and torch.is_grad_enabled()
-        return gradients.with_gradient(packed, x, self.quantizer, whole) if wanted else packed
+        return gradients.with_gradient(packed, x, self.quantizer, whole, prediction) if wanted else packed
 
     def get_extra_state(self) -> Tensor:
         """The codebook section, as uint8: loads with weights_only."""
