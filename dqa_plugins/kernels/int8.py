@@ -100,9 +100,9 @@ def _channels_pass(x, other, floor, grid, zero, codes, values):  # type: ignore[
             v = high[c] if high[c] < v else v
             v = low[c] if low[c] > v else v
             code = np.float32(np.float32(v + _MAGIC) - _MAGIC)
-            bits = float_bits(np.float32(np.float32(code * factor[c]) + _MAGIC))
-            seen = np.int32(seen | bits)
-            codes[i] = np.int32(bits + zero)
+            r = np.float32(np.float32(code * factor[c]) + _MAGIC)
+            seen = np.int32(seen | float_bits(r))
+            codes[i] = np.int32(float_bits(r) + zero)
             if values is not None:
                 values[i] = np.float32(np.float32(code * step[c]) - shift[c])
     return 1 if seen & _NAN else 0

@@ -230,7 +230,7 @@ def select(x, size, mask, ranks, shares, kinds, out, first, last):  # type: igno
                 _select(x, row * size, size, mask, ranks[r], sample, room, found)
             if kinds[r] == 1:
                 found[0], found[1] = max(found[0], np.int32(0)), max(found[1], np.int32(0))
-            value, following = float_value(_value(found[0])), float_value(_value(found[1]))
-            value += (following - value) * shares[r]
+            value = np.float32(float_value(_value(found[0])))
+            value += (float_value(_value(found[1])) - value) * shares[r]
             out[row, r] = -value if kinds[r] == -1 else value
     return False
