@@ -88,10 +88,11 @@ add(
 )
 add("another layer's codebook is taken", "tables.py", "    if wrong:\n        raise", "    if False:\n        raise")
 add(
-    "predicted parameters are packed",
-    "tables.py",
-    'if quantizer.method.source not in ("static", "dynamic"):',
-    "if False:",
+    "predictions do not travel",
+    "model/convert.py",
+    '        node.kwargs = {"prediction": origin.args[1]}',
+    "        pass",
+    "storage/test_adapters.py",
 )
 add("an observing quantizer packs", "tables.py", '    if quantizer.state == "observe":', "    if False:")
 add(
@@ -126,7 +127,13 @@ add(
     "traced = trace(model)",
     "storage/test_pipeline.py",
 )
-add("skip is ignored", "model/convert.py", "and names[node] not in skip)", ")", "storage/test_pipeline.py")
+add(
+    "skip is ignored",
+    "model/convert.py",
+    "if names[node] not in skip and not _only_predicts",
+    "if not _only_predicts",
+    "storage/test_pipeline.py",
+)
 add(
     "late readers read the float value",
     "model/convert.py",
