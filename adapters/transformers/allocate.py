@@ -9,7 +9,7 @@ channel: at the optimum step * R_jj is one number for all channels of all layers
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from dqa_plugins.storage.coder.histograms import entropy_bits
 from .settings import TensorSettings
 from .tables import coded_bits, codes_of, sample, shared_codebooks
 
-_ROUNDS = 4  # corrections of the order-0 estimate by the tables that are really made
+_ROUNDS = 6  # corrections by the tables that are really made
 _STEPS = 12  # bisection steps
 _TOKENS = 256  # of the estimate
 
@@ -57,22 +57,36 @@ def allocate_steps(
         made = _with_steps(tensors, roots, level)
         return float(np.mean([_entropy(codes_of(t, r)) for t, r in zip(made, few, strict=True)]))
 
-    beyond, best, miss = 0.0, None, np.inf
+    finest = max(range(-32, 16, 2), key=estimate)  # below it codes are clipped, and take fewer bits again
+    measured: list[tuple[float, float]] = []  # (level, bits with the tables that are really made)
+    best, miss = None, np.inf
     for _ in range(_ROUNDS):
-        low, high = -32.0, 16.0
-        for _ in range(_STEPS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if estimate(middle) + beyond > target else (low, middle)
-        made = shared_codebooks(_with_steps(tensors, roots, high), rows, block)
-        measured = coded_bits(made, [sample(r, 1024, block) for r in rows], block)
-        if abs(measured - target) < miss:
-            best, miss = made, abs(measured - target)
+        level = _next_level(measured, target, estimate, finest)
+        made = shared_codebooks(_with_steps(tensors, roots, level), rows, block)
+        measured.append((level, coded_bits(made, [sample(r, 1024, block) for r in rows], block)))
+        if abs(measured[-1][1] - target) < miss:
+            best, miss = made, abs(measured[-1][1] - target)
         if miss < 0.01 * target:
             break
-        beyond = measured - estimate(high)
     if best is None or miss > 0.1 * target:
         raise InvalidArgument(f"target_bits={target}: the nearest that steps can come is {miss:.2f} bits off.")
     return best
+
+
+def _next_level(
+    measured: list[tuple[float, float]], target: float, estimate: Callable[[float], float], finest: float
+) -> float:
+    """Between the nearest levels on both sides of the target; by the estimate while one side is missing."""
+    more, fewer = [p for p in measured if p[1] > target], [p for p in measured if p[1] <= target]
+    if more and fewer:
+        (a, above), (b, below) = max(more), min(fewer)
+        return a + (b - a) * (above - target) / (above - below)
+    beyond = measured[-1][1] - estimate(measured[-1][0]) if measured else 0.0
+    low, high = finest, 16.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if estimate(middle) + beyond > target else (low, middle)
+    return high
 
 
 def _with_steps(tensors: Sequence[TensorSettings], roots: Sequence[Tensor], level: float) -> list[TensorSettings]:
