@@ -30,6 +30,7 @@ from .errors import ChannelMismatch, RanksDiffer, UncalibratedQuantizer, Unsuppo
 from .merging import Records, merged, merged_samples, portions, record_bytes, records_of, take_over
 from .methods import method_to_dict
 from .processes import Processes
+from .progress import busy
 from .qpp.session import forwards_of
 from .quantizer import ActivationQuantizer
 
@@ -39,6 +40,7 @@ _CALIBRATE_FIRST = (
 )
 
 
+@busy("merging calibration")
 def synchronize(prepared: nn.Module, *, uneven: bool = False, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Merge the calibration records of all ranks, in place; every rank calls it, after calibration.
 

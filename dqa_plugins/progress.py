@@ -40,7 +40,7 @@ def busy(what: str) -> Iterator[None]:
 
     def show() -> None:
         if not ended.wait(PATIENCE):
-            with Progress(None, True, round(PATIENCE), what=what, unit=" s", leave=False) as bar:
+            with Progress(None, True, round(PATIENCE), what=what, unit=" s", leave=False, form="{desc}: {n} s") as bar:
                 while not ended.wait(1.0):
                     bar.advance()
 
@@ -71,6 +71,7 @@ class Progress:
         unit: of a step, "channel".
         delay: seconds before the bar is drawn.
         leave: False: it goes away at the end.
+        form: of the line, as tqdm's bar_format has it.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Progress:
         unit: str,
         delay: float = 0.0,
         leave: bool = True,
+        form: str | None = None,
     ) -> None:
         self._bar: Any = None
         self._what = what
@@ -92,7 +94,9 @@ class Progress:
             except ImportError:
                 logger.info("tqdm is not installed: no progress bar; %s, %s %ss", what, total, unit)
             else:
-                self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, delay=delay, leave=leave)
+                self._bar = tqdm(
+                    total=total, initial=done, desc=what, unit=unit, delay=delay, leave=leave, bar_format=form
+                )
 
     def at(self, name: str) -> None:
         """Say what comes now: a layer, a method, a backend."""

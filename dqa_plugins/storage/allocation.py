@@ -21,6 +21,7 @@ from ..batches import ItemReader, Pick
 from ..errors import InvalidArgument, UncalibratedQuantizer
 from ..grid import Grid
 from ..processes import Processes
+from ..progress import counted
 from ..quantizer import ActivationQuantizer
 from ..sharing import by_piece
 from .coder import engine
@@ -159,7 +160,7 @@ def allocate_bits(
         return float((np.array(of) * weights).sum())
 
     ratio, vectors, best = 1.0, [c.vector(0.0) for c in candidates], (np.inf, [c.vector(0.0) for c in candidates])
-    for _ in range(_ROUNDS):
+    for _ in counted(range(_ROUNDS), what="allocating bits", unit=" round"):
         low, high = -64.0, 64.0
         for _ in range(_STEPS):
             middle = (low + high) / 2
