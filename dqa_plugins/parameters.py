@@ -78,16 +78,20 @@ class QuantizerParameters(StateModule):
     def extra_repr(self) -> str:
         """The method and, once frozen, what calibration decided: sign, static step, important channels."""
         found = [str(self.method), f"name={self.name!r}", f"state={self._state!r}"]
-        if self._state == "frozen":
-            found.append(f"signed={self.signed}")
-            step = self.static_grid.step if self.method.qparams == "static" else torch.empty(0)
-            if step.numel() and not step.is_meta:
-                low, high = float(step.min()), float(step.max())
-                found.append(f"step={low:.4g}" if low == high else f"step={low:.4g}..{high:.4g}")
-            if self.extra_bits.numel() and not self.extra_bits.is_meta:
-                important = int((self.extra_bits > 0).sum())
-                found.append(f"extra_bits>0 on {important} of {self.extra_bits.numel()} channels")
+        # exporters print modules while they record what is computed: nothing may be computed then
+        if self._state == "frozen" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            found += self._decided()
         return ", ".join(found)
+
+    def _decided(self) -> list[str]:
+        found = [f"signed={self.signed}"]
+        step = self.static_grid.step if self.method.qparams == "static" else torch.empty(0)
+        if step.numel() and not step.is_meta:
+            low, high = float(step.min()), float(step.max())
+            found.append(f"step={low:.4g}" if low == high else f"step={low:.4g}..{high:.4g}")
+        if self.extra_bits.numel() and not self.extra_bits.is_meta:
+            found.append(f"extra_bits>0 on {int((self.extra_bits > 0).sum())} of {self.extra_bits.numel()} channels")
+        return found
 
     @property
     def state(self) -> str:

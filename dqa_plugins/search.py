@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .kernels.noise import noise_sums
 
 AMPLITUDES = torch.arange(2001, dtype=torch.float64) / 1000  # NoisyQuant: 0 to 2 in 1000ths of the scale
 MEANS = torch.arange(-200, 200, dtype=torch.float64) / 200  # the authors' script: 200ths of the scale
@@ -141,6 +140,8 @@ def noise_errors(
     Returns:
         (T,) float64 on the CPU, unit of x squared.
     """
+    from .kernels.noise import noise_sums
+
     scale = scale.double().expand(rows.shape).cpu()
     values = torch.where(scale > 0, rows.double().cpu() / torch.where(scale > 0, scale, 1), 0.0)
     count, start = len(amplitudes), float(amplitudes[0])

@@ -45,8 +45,8 @@ def test_a_dear_class_gets_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch
     dear = CaseClass("dear", st.integers(), lambda _: time.sleep(0.01), names=())
     counts = run_classes([cheap, dear], 2.0, number=3)
     assert counts["dear"].cases >= 20
-    assert counts["dear"].seconds > 0.6
-    assert counts["cheap"].seconds > 0.3
+    assert counts["dear"].seconds > 0.3 * counts["cheap"].seconds
+    assert counts["cheap"].seconds > 0.1 * counts["dear"].seconds
     assert counts["cheap"].cases > 3 * counts["dear"].cases
 
 
