@@ -73,12 +73,14 @@ def best(
 def plot(cells: list[dict[str, Any]], report: dict[str, Any], options: common.Options) -> None:
     """Score against stored bits, a line per n and m, one panel per network."""
     networks = list(dict.fromkeys(c["network"] for c in cells))
-    figure, panels = common.axes(len(networks), width=4.8, height=4.4)
+    figure, panels = common.axes(len(networks), width=6.4, height=4.4)
     colours = ("black", "tab:cyan", "tab:olive", "tab:green", "tab:pink")
     for axis, network in zip(panels, networks, strict=True):
         for bits, marker in zip(BITS, "osD", strict=True):
             for extra in EXTRA:
                 found = [c for c in cells if (c["network"], c["bits"], c["extra_bits"]) == (network, bits, extra)]
+                if not found:
+                    continue
                 x, y = [c["stored_bits"].mean for c in found], [c["score"].mean for c in found]
                 name = f"n = {bits}, m = {extra}" if extra else f"n = {bits}, Direct"
                 axis.plot(x, y, marker=marker, color=colours[extra], markersize=5, linewidth=1, label=name)
@@ -86,8 +88,8 @@ def plot(cells: list[dict[str, Any]], report: dict[str, Any], options: common.Op
         axis.set_ylabel(report["metric"][network])
         axis.set_title(report["data"][network].replace(", ", "\n", 1), fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
-    figure.suptitle("DQA: n bits, m extra bits; along a line 10 to 80% important channels")
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 + len(networks))
+    figure.suptitle("DQA, n bits and m more;\nalong a line 10 to 80% important channels")
     common.save(figure, options, "dqa_sweep")
 
 

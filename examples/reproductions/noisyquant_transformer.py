@@ -176,11 +176,13 @@ def float_score(rows: list[dict[str, Any]], network: str) -> float:
 def plot(report: dict[str, Any], options: common.Options) -> None:
     """Error of the layers' outputs over bits, one panel per network."""
     networks = [n for n in METRICS if any(r["network"] == n for r in report["rows"])]
-    figure, panels = common.axes(len(networks), width=4.8, height=4.2)
+    figure, panels = common.axes(len(networks), width=6.4, height=4.2)
     for axis, network in zip(panels, networks, strict=True):
         cells = summarize(report["rows"], network)
         for name in methods(4):
             found = [c for c in cells if c["method"] == name]
+            if not found:
+                continue
             heights, spreads = [c["output_error"].mean for c in found], [c["output_error"].std for c in found]
             axis.errorbar([c["bits"] for c in found], heights, spreads, capsize=2, label=name, **style(name))
         axis.set_yscale("log")
