@@ -76,7 +76,7 @@ def weight_constructor(weight_bits: int | None, weight_scheme: WeightScheme, cha
     Raises:
         InvalidArgument: other values.
     """
-    check_weights("weight_bits and weight_scheme", weight_bits, weight_scheme)
+    check_weights("get_qconfig", weight_bits, weight_scheme)
     if weight_bits is None:
         # NoopObserver(qint8) and weight=None both fail in prepare_fx (torch 2.13): a float32 placeholder passes
         return _FloatWeight.with_args(dtype=torch.float32)

@@ -51,7 +51,7 @@ def weight_spec(weight_bits: int | None, weight_scheme: WeightScheme, channel_ax
     Raises:
         InvalidArgument: other values.
     """
-    check_weights("weight_bits and weight_scheme", weight_bits, weight_scheme)
+    check_weights("PluginQuantizer", weight_bits, weight_scheme)
     if weight_bits is None:
         return None
     half = 2 ** (weight_bits - 1)

@@ -16,7 +16,7 @@ from typing import Any
 from dqa_plugins import DQA
 from examples.reproductions import common
 from examples.reproductions.dqa_table1 import Setting, calibrated, freeze, stored_bits
-from examples.reproductions.workloads import workload
+from examples.reproductions.workloads import chosen, workload
 
 NETWORKS = ("resnet32", "mobilenetv2", "unet")
 BITS = (2, 3, 4)
@@ -97,12 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, print, write."""
     options = common.parse(__doc__, arguments, runs=(3, 1), networks=NETWORKS)
     common.settle()
-    keys = [options.network] if options.network else list(NETWORKS)
-    tasks = [workload(key, options.data, options.weights, quick=options.quick) for key in keys]
+    tasks = chosen(options, NETWORKS)
     jobs = [
-        {"network": key, "bits": bits, "extra_bits": extra, "ratio": ratio, "run": run}
+        {"network": task.key, "bits": bits, "extra_bits": extra, "ratio": ratio, "run": run}
         for run in range(options.runs)
-        for key in keys
+        for task in tasks
         for bits in BITS
         if options.asks_for(bits)
         for extra in EXTRA[: bits + 1]  # the paper asks for m <= n

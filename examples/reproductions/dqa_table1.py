@@ -34,7 +34,7 @@ from dqa_plugins import DQA, Direct, Method, NoisyQuant, RankTable, functional, 
 from dqa_plugins.storage import convert_stored, prepare_stored, storage_report
 from examples.reproductions import common
 from examples.reproductions.style import style
-from examples.reproductions.workloads import Workload, workload
+from examples.reproductions.workloads import Workload, chosen, workload
 
 BITS = (2, 3, 4, 5)
 NETWORKS = ("resnet32", "mobilenetv2", "unet")
@@ -249,12 +249,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, print, write."""
     options = common.parse(__doc__, arguments, runs=(5, 2), networks=NETWORKS)
     common.settle()
-    keys = [options.network] if options.network else list(NETWORKS)
-    tasks = [workload(key, options.data, options.weights, quick=options.quick) for key in keys]
+    tasks = chosen(options, NETWORKS)
     jobs = [
-        {"network": key, "bits": bits, "run": run, "method": name}
+        {"network": task.key, "bits": bits, "run": run, "method": name}
         for run in range(options.runs)
-        for key in keys
+        for task in tasks
         for bits in BITS
         for name in settings(bits, 0.4)
         if options.asks_for(bits, name)

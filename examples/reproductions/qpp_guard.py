@@ -23,7 +23,7 @@ from torch import Tensor
 from dqa_plugins import ActivationQuantizer, iter_quantizers
 from examples.reproductions import common
 from examples.reproductions.qpp_tables import DENSITY, EXPOSURES, method, qparams_of, quantize
-from examples.reproductions.workloads import workload
+from examples.reproductions.workloads import chosen, workload
 
 NETWORKS = ("resnet32", "unet")
 SOURCES = ("static", "QPP, paper", "QPP, extended")
@@ -122,12 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, print, write."""
     options = common.parse(__doc__, arguments, runs=(3, 1), networks=NETWORKS)
     common.settle()
-    keys = [options.network] if options.network else list(NETWORKS)
-    tasks = [workload(key, options.data, options.weights, quick=options.quick) for key in keys]
+    tasks = chosen(options, NETWORKS)
     jobs = [
-        {"network": key, "source": source, "action": action, "run": run}
+        {"network": task.key, "source": source, "action": action, "run": run}
         for run in range(options.runs)
-        for key in keys
+        for task in tasks
         for source in SOURCES
         if options.asks_for(method=source)
         for action in ACTIONS

@@ -42,7 +42,7 @@ from dqa_plugins.qpp import QPPReport, qpp_report
 from dqa_plugins.qpp.augment import change
 from examples.reproductions import common
 from examples.reproductions.style import colour
-from examples.reproductions.workloads import PATCH, Batches, Workload, workload
+from examples.reproductions.workloads import PATCH, Batches, Workload, chosen, workload
 
 STAND_INS = ("resnet32", "mobilenetv2", "espcn", "unet")
 NETWORKS = (*STAND_INS, "efficientnet_lite0", "resnet18", "resnet34", "hrnet")
@@ -245,15 +245,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, print, write."""
     options = common.parse(__doc__, arguments, runs=(3, 1), networks=NETWORKS)
     common.settle()
-    keys = [options.network] if options.network else list(STAND_INS)
-    tasks = [workload(key, options.data, options.weights, quick=options.quick) for key in keys]
+    tasks = chosen(options, STAND_INS)
     rows = [(family, bits, name) for bits in BITS for family in FAMILIES for name in SOURCES]
     rows += [("Dense+Sparse", BITS[0], name) for name in FITTED if name not in SOURCES]
     rows += [(BOTH_SIDES, BITS[0], "dynamic"), ("", 32, "FP32")]
     jobs = [
-        {"network": key, "family": family, "bits": bits, "source": name, "run": run}
+        {"network": task.key, "family": family, "bits": bits, "source": name, "run": run}
         for run in range(options.runs)
-        for key in keys
+        for task in tasks
         for family, bits, name in rows
         if options.asks_for(bits, name) and (run == 0 or name != "FP32")
     ]

@@ -7,7 +7,7 @@ DQA paper's on its data, scaled down on the stand-ins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from examples.networks.mobilenet import MobileNetV2
 from examples.networks.others import HRNetSegmentation, torchvision_resnet
 from examples.networks.resnet import resnet32
 from examples.networks.unet import UNet
+from examples.reproductions.common import Options
 from examples.reproductions.datasets import Split, cifar10, imagenet
 from examples.reproductions.pixels import CITYSCAPES_CLASSES, CITYSCAPES_SIZE, cityscapes, super_resolution_folder
 
@@ -335,3 +336,9 @@ def _imagenet(key: str, data: Path | None, weights: Path | None, quick: bool) ->
     name = f"{len(answers)} crops of eight photos, agreement with FP32 (stand-in for ImageNet)"
     test, count = _cut(test_inputs, answers, 16), per_photo * len(CROPS_CALIBRATION)
     return Workload(key, name, False, model, test, draw_crops, count, 16, 16, 0.4, "accuracy %", grey)
+
+
+def chosen(options: Options, networks: Iterable[str]) -> list[Workload]:
+    """The workloads that a command line asks for: of one network, or of all these."""
+    names = [options.network] if options.network else networks
+    return [workload(name, options.data, options.weights, quick=options.quick) for name in names]
